@@ -1,0 +1,70 @@
+"""Pictures of data: a grid of images, a scatter of points."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from osmose.data.dataset import DataSpec
+from osmose.errors import UserError
+
+
+def to_images(data: Tensor, spec: DataSpec) -> np.ndarray:
+    """Images in data units (n, C, H, W), C = 1 or 3, as uint8 (n, H, W, C) over the data's range."""
+    if spec.kind != "image" or spec.shape[0] not in (1, 3) or spec.range is None:
+        raise UserError(f"data of kind {spec.kind!r} and shape {spec.shape} cannot be shown as images")
+    low, high = spec.range
+    scaled = ((data.float() - low) * (255 / (high - low))).round().clamp(0, 255)
+    return scaled.byte().permute(0, 2, 3, 1).numpy()
+
+
+def image_grid(data: Tensor, spec: DataSpec, *, columns: int | None = None, min_side: int = 480) -> Image.Image:
+    """Images side by side with a thin border, enlarged by a whole factor to at least `min_side` pixels."""
+    images = to_images(data, spec)
+    n, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    factor = max(1, math.ceil(min_side / (max(columns * width, rows * height))))
+    gap = max(1, factor // 2)
+    canvas = np.full(
+        (rows * (height * factor + gap) + gap, columns * (width * factor + gap) + gap, channels), 96, np.uint8
+    )
+    for index, image in enumerate(images):
+        top = gap + (index // columns) * (height * factor + gap)
+        left = gap + (index % columns) * (width * factor + gap)
+        canvas[top : top + height * factor, left : left + width * factor] = image.repeat(factor, 0).repeat(factor, 1)
+    return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
+
+
+def scatter(data: Tensor, reference: Tensor | None = None) -> Image.Image:
+    """Points (n, D >= 2) in their first two coordinates, over real ones in grey."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 5), dpi=110)
+    axes = figure.add_subplot()
+    if reference is not None:
+        axes.scatter(reference[:, 0], reference[:, 1], s=2, c="0.75", linewidths=0, label="real")
+    axes.scatter(data[:, 0], data[:, 1], s=3, c="tab:blue", linewidths=0, label="generated")
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.legend(loc="upper right", markerscale=4)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
+
+
+def picture(data: Tensor, spec: DataSpec, reference: Tensor | None = None) -> Image.Image:
+    """The picture that suits the data's kind: a grid of images or a scatter of points.
+
+    Raises:
+        UserError: data that have no picture (one-dimensional points, other channel counts).
+    """
+    if spec.kind == "image":
+        return image_grid(data, spec)
+    if len(spec.shape) == 1 and spec.shape[0] >= 2:
+        return scatter(data, reference)
+    raise UserError(f"data of kind {spec.kind!r} and shape {spec.shape} have no picture; write .npz instead")

@@ -1,0 +1,102 @@
+"""Where random numbers come from.
+
+`Draws` stands for the randomness of a set of items (the items of a training batch, the samples that are asked for)
+and hands out one value or one tensor for each item. The two implementations make results independent of how the
+work is cut up: a training step draws for the global batch and keeps its own part, a sample has a stream of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+def mix(*parts: int | str) -> int:
+    """A 63-bit seed from several numbers or names; nearby inputs give unrelated seeds."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def seeded(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded with `mix(*parts)`."""
+    return torch.Generator(device).manual_seed(mix(*parts))
+
+
+class Draws(Protocol):
+    """Random numbers for `count` items; every call draws anew."""
+
+    @property
+    def count(self) -> int:
+        """Number of items."""
+
+    def normal(self, event_shape: tuple[int, ...]) -> Tensor:
+        """Standard normal values, float32, shape (count, *event_shape), on the device of the items."""
+
+    def uniform(self) -> Tensor:
+        """Uniform values in [0, 1), float64 on the CPU, shape (count,)."""
+
+    def stratified(self) -> Tensor:
+        """As `uniform`, but evenly spread over [0, 1) across all items of the batch: (i + u) / n, shuffled."""
+
+
+class StepDraws:
+    """The randomness of one training step: a pure function of (seed, step), cut to the items start..stop of the batch.
+
+    Every process and every micro-batch draws the values of the whole batch and keeps its own, so one process and
+    many, one pass and gradient accumulation, see the same noise.
+    """
+
+    def __init__(self, seed: int, step: int, start: int, stop: int, total: int, device: torch.device | str = "cpu"):
+        self.start, self.stop, self.total, self.device = start, stop, total, torch.device(device)
+        self._host = seeded(seed, "step", step)
+        self._device = self._host if self.device.type == "cpu" else seeded(seed, "step", step, device=device)
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+    def normal(self, event_shape: tuple[int, ...]) -> Tensor:
+        drawn = torch.randn(self.total, *event_shape, generator=self._device, device=self.device)
+        return drawn[self.start : self.stop]
+
+    def uniform(self) -> Tensor:
+        return torch.rand(self.total, generator=self._host, dtype=torch.float64)[self.start : self.stop]
+
+    def stratified(self) -> Tensor:
+        u = torch.rand(self.total, generator=self._host, dtype=torch.float64)
+        place = torch.randperm(self.total, generator=self._host)
+        return ((place + u) / self.total)[self.start : self.stop]
+
+
+class SampleDraws:
+    """The randomness of the samples `first`..`first + count - 1` of a seed: each has its own stream.
+
+    Sample i is the same whichever batch it is computed in, and on whichever device: values are drawn on the CPU.
+    Draws are made `ahead` steps at a time, so that many small streams cost little per step.
+    """
+
+    def __init__(self, seed: int, first: int, count: int, device: torch.device | str = "cpu", ahead: int = 16):
+        self.device, self.ahead = torch.device(device), ahead
+        self._streams = [seeded(seed, "sample", index) for index in range(first, first + count)]
+        self._buffer: list[Tensor] = []
+
+    @property
+    def count(self) -> int:
+        return len(self._streams)
+
+    def normal(self, event_shape: tuple[int, ...]) -> Tensor:
+        if not self._buffer or tuple(self._buffer[-1].shape[1:]) != event_shape:
+            block = torch.empty(self.count, self.ahead, *event_shape)
+            for row, stream in zip(block, self._streams, strict=True):
+                torch.randn(row.shape, generator=stream, out=row)
+            self._buffer = list(block.to(self.device).unbind(1))[::-1]
+        return self._buffer.pop().contiguous()
+
+    def uniform(self) -> Tensor:
+        return torch.stack([torch.rand((), generator=stream, dtype=torch.float64) for stream in self._streams])
+
+    def stratified(self) -> Tensor:
+        return self.uniform()

@@ -1,0 +1,230 @@
+"""The contract of every method: `loss(batch, draws)` teaches it, `sample(n)` runs it.
+
+The trainer calls `loss`, everything downstream calls `sample`; neither knows which method it holds.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import torch
+from pydantic import BeforeValidator, Field, SerializeAsAny
+from torch import Tensor, nn
+
+from osmose.configuration import Config
+from osmose.data.dataset import DataSpec
+from osmose.errors import UserError
+from osmose.gaussian.draws import Draws, SampleDraws
+from osmose.networks import NETWORKS
+from osmose.networks.base import NetworkConfig
+
+#: A field that holds any registered network.
+NetworkChoice = Annotated[SerializeAsAny[NetworkConfig], BeforeValidator(NETWORKS.validate)]
+
+#: Called after each solver step with the number of steps done and the number in all.
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Training items: x0 in the model's units, shape (B, *event); condition int64 (B,) classes, or None."""
+
+    x0: Tensor
+    condition: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What a method returns for a batch; the trainer reduces, weighs and logs it.
+
+    Attributes:
+        per_item: the loss of each item, shape (B,), with gradient.
+        t: the process time of each item, float64 (B,) on the CPU, or None where there is none.
+        parts: named detached per-item terms (B,) to log.
+    """
+
+    per_item: Tensor
+    t: Tensor | None = None
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Generated data and what it cost.
+
+    Attributes:
+        data: float32, data units, shape (n, *event), on the CPU.
+        nfe: network evaluations spent on each sample.
+        seconds: wall time of the sampling alone.
+        condition: the class of each sample, or None.
+    """
+
+    data: Tensor
+    nfe: int
+    seconds: float
+    condition: Tensor | None = None
+
+
+class SamplingConfig(Config):
+    """How a method samples when nothing else is said; each method extends it."""
+
+    num_steps: int = Field(50, ge=1, description="solver steps")
+
+
+class MethodConfig(Config, ABC):
+    """Describes a method; `build` makes the model for data of a given form."""
+
+    kind: str
+    sampling: SamplingConfig = SamplingConfig()
+    conditional: bool = Field(False, description="tell the network the class of each item")
+
+    @classmethod
+    @abstractmethod
+    def recipe(cls, spec: DataSpec, data_std: float) -> dict[str, Any]:
+        """Values that suit data of a form, for the fields that the user leaves open.
+
+        Args:
+            spec: the data's form.
+            data_std: root mean square of the data in the model's units.
+        """
+
+    @abstractmethod
+    def build(self, spec: DataSpec) -> GenerativeModel:
+        """The model, with fresh weights from torch's global generator.
+
+        Raises:
+            UserError: the parts do not fit each other or the data.
+        """
+
+
+class GenerativeModel(nn.Module, ABC):
+    """One trained or trainable model: a method, its parts, and the form of its data."""
+
+    def __init__(self, config: MethodConfig, spec: DataSpec):
+        super().__init__()
+        if config.conditional and not spec.num_classes:
+            raise UserError("method.conditional: true needs data with classes, and these have none")
+        self.config, self.spec = config, spec
+
+    @abstractmethod
+    def loss(self, batch: Batch, draws: Draws) -> LossTerms:
+        """The training loss of each item of a batch; all randomness comes from `draws`."""
+
+    @abstractmethod
+    def generate(
+        self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: OnStep
+    ) -> tuple[Tensor, int]:
+        """One batch of `draws.count` samples in the model's units, and the network evaluations spent on each."""
+
+    @abstractmethod
+    def networks(self) -> list[nn.Module]:
+        """The networks that do the work, each called as (x, label, condition): what is compiled and counted."""
+
+    def forward(self, batch: Batch, draws: Draws) -> LossTerms:
+        """`loss`: what data parallelism wraps."""
+        return self.loss(batch, draws)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    def sampling(self, **options: Any) -> SamplingConfig:
+        """The method's sampling configuration with options changed (`num_steps=20`, `solver="heun"`).
+
+        Raises:
+            ConfigError: an option that the method does not have, or a value that it refuses.
+        """
+        changed: SamplingConfig = self.config.sampling.replace(**{k: v for k, v in options.items() if v is not None})
+        return changed
+
+    def stream(
+        self,
+        num_samples: int,
+        *,
+        seed: int = 0,
+        condition: Tensor | None = None,
+        batch_size: int | None = None,
+        on_step: OnStep | None = None,
+        **options: Any,
+    ) -> Iterator[Samples]:
+        """`sample`, batch by batch, for more samples than fit in memory."""
+        if num_samples < 1:
+            raise UserError(f"num_samples: {num_samples} is not valid: must be at least 1")
+        if not 0 <= seed < 2**63:
+            raise UserError(f"seed: {seed} is not valid: must be between 0 and 2^63 - 1")
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch_size: {batch_size} is not valid: must be at least 1")
+        condition = self._checked_condition(condition, num_samples)
+        sampling = self.sampling(**options)
+        batch_size = batch_size or max(1, min(256, 2**20 // self.spec.dimension))
+        total = -(-num_samples // batch_size)
+        for index, first in enumerate(range(0, num_samples, batch_size)):
+            count = min(batch_size, num_samples - first)
+            part = None if condition is None else condition[first : first + count]
+
+            def report(done: int, of: int, index: int = index) -> None:
+                if on_step is not None:
+                    on_step(index * of + done, total * of)
+
+            start = time.perf_counter()
+            with torch.inference_mode(), _evaluating(self):
+                draws = SampleDraws(seed, first, count, self.device)
+                x, nfe = self.generate(draws, sampling, None if part is None else part.to(self.device), report)
+                data = self.spec.decode(x).cpu()
+            yield Samples(data.clone(), nfe, time.perf_counter() - start, part)
+
+    def sample(self, num_samples: int, **options: Any) -> Samples:
+        """Draw samples. The same seed gives the same samples whatever the batch size (to rounding).
+
+        Args:
+            num_samples: how many.
+            **options: `seed` (default 0), `condition` (int64 classes (n,), or one class for all), `batch_size`,
+                `on_step` (a callback of steps done and steps in all), and anything that the method's sampling
+                configuration holds: `num_steps`, and for Gaussian methods `solver`, `spacing`, `clip`.
+
+        Raises:
+            UserError: an option that is refused; the message says what would be right.
+        """
+        parts = list(self.stream(num_samples, **options))
+        conditions = [part.condition for part in parts if part.condition is not None]
+        return Samples(
+            torch.cat([part.data for part in parts]),
+            parts[0].nfe,
+            sum(part.seconds for part in parts),
+            torch.cat(conditions) if conditions else None,
+        )
+
+    def _checked_condition(self, condition: Tensor | int | None, num_samples: int) -> Tensor | None:
+        if not self.config.conditional:
+            if condition is not None:
+                raise UserError("condition: this model was trained without classes (method.conditional=false)")
+            return None
+        classes = self.spec.num_classes or 0
+        if condition is None:
+            return torch.arange(num_samples) % classes
+        given = torch.as_tensor(condition, dtype=torch.int64).expand(num_samples) if isinstance(
+            condition, int
+        ) else torch.as_tensor(condition, dtype=torch.int64)
+        if given.shape != (num_samples,):
+            raise UserError(f"condition: {tuple(given.shape)} classes given for {num_samples} samples")
+        if bool(((given < 0) | (given >= classes)).any()):
+            raise UserError(f"condition: class {int(given[(given < 0) | (given >= classes)][0])} is not in 0..{classes - 1}")
+        return given
+
+
+class _evaluating:  # noqa: N801 - a context manager, named as it is used
+    """Evaluation mode inside, the previous mode after."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.training = module, module.training
+
+    def __enter__(self) -> None:
+        self.module.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.module.train(self.training)

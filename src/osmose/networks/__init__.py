@@ -1,0 +1,13 @@
+"""Networks: modules that know (x, label, condition) and nothing of diffusion."""
+
+from __future__ import annotations
+
+from osmose.configuration import Registry
+
+NETWORKS = Registry(
+    "network",
+    {
+        "unet": ("osmose.networks.unet:UNetConfig", "DDPM's UNet, for images of any size and channel count"),
+        "mlp": ("osmose.networks.mlp:MLPConfig", "residual MLP, for points and other flat data"),
+    },
+)

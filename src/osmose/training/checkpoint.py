@@ -1,0 +1,97 @@
+"""Checkpoints: everything that is needed to continue a run to the same result, bit for bit.
+
+    checkpoints/step_00001000/
+        weights.safetensors     the live weights and buffers
+        average.safetensors     the averaged weights
+        optimizer.safetensors   the optimiser's tensors, `index.name`
+        state.json              step, number of updates, random state, versions
+
+Randomness is a pure function of (seed, step), and so is the order of the data, so the random state that has to be kept
+is the pair (seed, step) itself. A folder appears under its final name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from osmose.errors import UserError
+from osmose.training import files
+from osmose.training.ema import EMA
+from osmose.training.run import Run, load_weights
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, run: Run, keep: int):
+        self.folder, self.keep, self.seed = run.folder / "checkpoints", keep, run.config.seed
+
+    def all(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(path for path in self.folder.glob("step_*") if (path / "state.json").is_file())
+
+    def save(self, step: int, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> Path:
+        """Write the state after `step` steps and drop the oldest checkpoints beyond `keep`.
+
+        Raises:
+            UserError: the disk is full; earlier checkpoints are unchanged.
+        """
+        path = self.folder / f"step_{step:08d}"
+        if path.is_dir():
+            return path
+        with files.replacing(path) as temporary:
+            files.write_tensors(temporary / "weights.safetensors", model.state_dict())
+            files.write_tensors(temporary / "average.safetensors", ema.average)
+            files.write_tensors(temporary / "optimizer.safetensors", _optimizer_tensors(optimizer))
+            state = {"step": step, "updates": ema.updates, "random": {"seed": self.seed, "step": step}}
+            files.write_json(temporary / "state.json", state)
+            _sync(temporary)
+        for old in self.all()[: -self.keep]:
+            # Under its final name a checkpoint is complete: rename before deleting piece by piece.
+            doomed = old.with_name(f".{old.name}.{os.getpid()}.old")
+            old.rename(doomed)
+            shutil.rmtree(doomed)
+        return path
+
+    def restore(self, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
+        """Load the newest checkpoint; return its step, 0 when there is none.
+
+        Raises:
+            UserError: a checkpoint of another network or seed, or one that is damaged.
+        """
+        for leftover in self.folder.glob(".*"):
+            shutil.rmtree(leftover)
+        if not self.all():
+            return 0
+        path = self.all()[-1]
+        state = files.read_json(path / "state.json")
+        if state["random"]["seed"] != self.seed:
+            raise UserError(f"{path}: made with seed {state['random']['seed']}, but this run has seed {self.seed}")
+        load_weights(model, files.read_tensors(path / "weights.safetensors"), path / "weights.safetensors")
+        ema.load(files.read_tensors(path / "average.safetensors"), state["updates"])
+        tensors = files.read_tensors(path / "optimizer.safetensors")
+        per_parameter: dict[int, dict[str, Any]] = {}
+        for key, value in tensors.items():
+            index, _, name = key.partition(".")
+            per_parameter.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": per_parameter, "param_groups": optimizer.state_dict()["param_groups"]})
+        return int(state["step"])
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": torch.as_tensor(value) for index, s in state.items() for name, value in s.items()}
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,151 @@
+"""A run folder: what a model is, its weights, what happened while it was trained. Safe to share, no pickle.
+
+    config.json         the RunConfig
+    model.safetensors   weights to sample with (the averaged ones)
+    metrics.jsonl       one JSON object a line: training, validation
+    samples/            preview grids
+    checkpoints/        everything that is needed to continue bit for bit
+    evaluation.json     scores, once `evaluate` has been run
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osmose.configuration import ConfigError
+from osmose.errors import UserError
+from osmose.methods.base import GenerativeModel
+from osmose.training import files
+from osmose.training.config import RunConfig
+
+
+class Run:
+    """One run folder."""
+
+    def __init__(self, folder: Path, config: RunConfig):
+        self.folder, self.config = folder, config
+
+    @classmethod
+    def create(cls, folder: Path | str, config: RunConfig) -> Run:
+        """Make a new folder with its config.json.
+
+        Raises:
+            UserError: something is there already.
+        """
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"out: {folder} exists already; choose another folder, or --resume to continue a run")
+        config = config.replace(versions=versions())
+        files.write_json(folder / "config.json", config.to_json())
+        return cls(folder, config)
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Run:
+        """Open an existing folder.
+
+        Raises:
+            UserError: not a run folder, or a config.json that this version cannot read; the message says why.
+        """
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: not a run folder (it has no config.json)")
+        values = files.read_json(folder / "config.json")
+        if not isinstance(values, dict) or values.get("format") != "osmose-run-1":
+            raise UserError(f"{folder / 'config.json'}: not written by osmose (its format is not 'osmose-run-1')")
+        try:
+            return cls(folder, RunConfig.parse(values))
+        except ConfigError as error:
+            raise UserError(f"{folder / 'config.json'}: {error}") from None
+
+    @property
+    def weights(self) -> Path:
+        """model.safetensors."""
+        return self.folder / "model.safetensors"
+
+    def model(self, device: torch.device | str = "cpu") -> GenerativeModel:
+        """The trained model, in evaluation mode.
+
+        Raises:
+            UserError: no weights yet, or weights of another network; the message names what differs.
+        """
+        if not self.weights.is_file():
+            raise UserError(f"{self.folder}: has no model.safetensors yet; train it first (osmose train ... --resume)")
+        state = files.read_tensors(self.weights)
+        with torch.random.fork_rng(devices=[]):
+            model = self.config.method.build(self.config.spec)
+        load_weights(model, state, self.weights)
+        return model.to(device).eval()
+
+    def write_weights(self, state: dict[str, Tensor]) -> None:
+        """Replace model.safetensors."""
+        files.write_tensors(self.weights, state)
+
+    def hash(self) -> str:
+        """SHA-256 of model.safetensors: what a child run records of its parent."""
+        return hashlib.sha256(self.weights.read_bytes()).hexdigest()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a last line cut off by a crash is left out."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        kept = []
+        for line in lines:
+            try:
+                kept.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return kept
+
+    def rewind_metrics(self, step: int) -> None:
+        """Forget what metrics.jsonl says of steps after `step`, before they are trained again."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        files.write_bytes(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def load(folder: Path | str, device: torch.device | str = "cpu") -> GenerativeModel:
+    """The model of a run folder, ready to `sample`.
+
+    Raises:
+        UserError: not a run folder, or one that cannot be read.
+    """
+    return Run.open(folder).model(device)
+
+
+def load_weights(model: torch.nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Put tensors into a model, refusing any that are missing, left over or of another shape.
+
+    Raises:
+        UserError: naming the file and the first tensor that does not fit.
+    """
+    own = model.state_dict()
+    for name, value in own.items():
+        if name not in state:
+            raise UserError(f"{source}: has no tensor {name!r}; these weights are not of this run's network")
+        if state[name].shape != value.shape:
+            raise UserError(
+                f"{source}: {name!r} has shape {tuple(state[name].shape)}, but this run's network has {tuple(value.shape)}"
+            )
+        if not bool(torch.isfinite(state[name]).all()):
+            raise UserError(f"{source}: {name!r} holds NaN or infinity")
+    extra = sorted(set(state) - set(own))
+    if extra:
+        raise UserError(f"{source}: holds {extra[0]!r}, which this run's network does not have")
+    model.load_state_dict(state)
+
+
+def versions() -> dict[str, str]:
+    """What computed a run: osmose, torch, Python, machine."""
+    return {
+        "osmose": importlib.metadata.version("osmose"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }

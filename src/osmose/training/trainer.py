@@ -1,0 +1,278 @@
+"""The training loop. It knows `GenerativeModel`, never a particular method."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osmose.data.batches import BatchOrder
+from osmose.data.dataset import Dataset
+from osmose.data.pictures import picture
+from osmose.errors import UserError
+from osmose.gaussian.draws import StepDraws, mix, seeded
+from osmose.methods.base import Batch, GenerativeModel
+from osmose.training import files
+from osmose.training.checkpoint import Checkpoints
+from osmose.training.ema import EMA
+from osmose.training.progress import Progress
+from osmose.training.run import Run
+
+#: The step whose random numbers validation uses: always the same, and none that training takes.
+_VALIDATION = -1
+
+
+class Diverged(RuntimeError):
+    """The loss or its gradient is no longer a number."""
+
+
+class Trainer:
+    """Trains the model of a run on a data set, from its newest checkpoint or from the start.
+
+    Works under `torchrun` and `accelerate launch`: the batch is shared among the processes, and one process and many
+    follow the same loss curve.
+
+    Raises:
+        UserError: the data are not those that the run names, or the batch cannot be shared out.
+    """
+
+    def __init__(self, run: Run, dataset: Dataset, *, progress: Progress | None = None):
+        from accelerate import Accelerator  # half a second to import: only where training happens
+
+        self.run, self.dataset, self.config, self.seed = run, dataset, run.config.training, run.config.seed
+        if dataset.identity != run.config.identity:
+            raise UserError(f"data: {dataset.source!r} is not the data this run was made with (its hash differs)")
+        self.accelerator = Accelerator(mixed_precision=_precision(self.config.precision))
+        self.device, world = self.accelerator.device, self.accelerator.num_processes
+        self.micro = self.config.batch_size // self.config.accumulate
+        if self.micro % world:
+            raise UserError(f"training.batch_size: {self.micro} items per pass cannot be shared by {world} processes")
+        self.share = self.micro // world
+
+        torch.manual_seed(mix(self.seed, "weights"))
+        self.model: GenerativeModel = run.config.method.build(run.config.spec).to(self.device)
+        channels_last = self.config.channels_last
+        if channels_last if channels_last is not None else self.device.type == "cuda":
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema = EMA(self.model, self.config.ema)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=self.config.lr,
+            betas=self.config.betas,
+            weight_decay=self.config.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.checkpoints = Checkpoints(run, self.config.keep_checkpoints)
+        self.step = self.checkpoints.restore(self.model, self.ema, self.optimizer)
+        if self.config.compile:
+            for network in self.model.networks():
+                network.compile()
+        self.parallel = self.accelerator.prepare_model(self.model)
+        self.order = BatchOrder(len(dataset.train), self.config.batch_size, mix(self.seed, "data"))
+        self.progress = progress or Progress(show=False)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files."""
+        return bool(self.accelerator.is_main_process)
+
+    def fit(self) -> bool:
+        """Train to the last step; return False when a signal asked to stop before (the state is then saved).
+
+        Raises:
+            Diverged: the gradient is not finite; the last good checkpoint is named.
+        """
+        window = Window()
+        if self.is_main:
+            self.run.rewind_metrics(self.step)
+        self.progress.start(self.step, self.config.steps, self.config.batch_size)
+        with stopping_on_signal() as stopped, torch.random.fork_rng(), self.progress:
+            while self.step < self.config.steps:
+                started = time.perf_counter()
+                grad_norm = self._optimise(window)
+                self.step += 1
+                window.seconds += time.perf_counter() - started
+                window.grad_norm = grad_norm
+                self.progress.advance(window)
+                if self.step % self.config.log_every == 0:
+                    self._log(window.drain(self.accelerator.reduce), lr=self.config.lr_at(self.step - 1))
+                last, asked = self.step == self.config.steps, self._agreed(stopped)
+                if last or self.step % self.config.validate_every == 0:
+                    self._log(self.validate())
+                if last or self.step % self.config.preview_every == 0:
+                    self.preview()
+                if last or asked or self.step % self.config.checkpoint_every == 0:
+                    self.save()
+                if asked and not last:
+                    return False
+        return True
+
+    def _optimise(self, window: Window) -> float:
+        """One optimisation step; the norm of its gradient."""
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr_at(self.step)
+        items = self.order.indices(self.step)
+        for index in range(self.config.accumulate):
+            start = index * self.micro + self.accelerator.process_index * self.share
+            draws = StepDraws(self.seed, self.step, start, start + self.share, self.config.batch_size, self.device)
+            torch.manual_seed(mix(self.seed, "dropout", self.step, start))
+            final = index == self.config.accumulate - 1
+            with contextlib.nullcontext() if final else self.accelerator.no_sync(self.parallel):
+                with self.accelerator.autocast():
+                    terms = self.parallel(self._batch(items[start : start + self.share], draws), draws)
+                self.accelerator.backward(terms.per_item.mean() / self.config.accumulate)
+            window.add(terms.per_item.detach(), terms.t)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or float("inf"))
+        if not bool(torch.isfinite(norm)):
+            self._diverged(terms.t)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update()
+        return float(norm)
+
+    def _batch(self, items: Tensor, draws: StepDraws | None) -> Batch:
+        x0 = self.run.config.spec.encode(self.dataset.train[items].to(self.device))
+        if draws is not None and self.config.flip:
+            mirrored = (draws.uniform() < 0.5).to(self.device)
+            x0 = torch.where(mirrored.view(-1, *(1,) * (x0.ndim - 1)), x0.flip(-1), x0)
+        return Batch(x0, self._classes(self.dataset.train_labels, items))
+
+    def _classes(self, labels: Tensor | None, items: Tensor) -> Tensor | None:
+        if not self.run.config.method.conditional or labels is None:
+            return None
+        return labels[items].to(self.device)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Any]:
+        """Loss of the averaged weights on held-out items, in all and by quartile of t; the same noise every time."""
+        held_out, labels = self.dataset.held_out, self.dataset.held_out_labels
+        count = min(self.config.validation_items, len(held_out))
+        items = torch.randperm(len(held_out), generator=seeded(self.seed, "validation"))[:count]
+        window = Window()
+        with self.ema.applied():
+            self.model.eval()
+            for start in range(0, count, self.micro):
+                part = items[start : start + self.micro]
+                x0 = self.run.config.spec.encode(held_out[part].to(self.device))
+                draws = StepDraws(self.seed, _VALIDATION, start, start + len(part), count, self.device)
+                with self.accelerator.autocast():
+                    terms = self.model.loss(Batch(x0, self._classes(labels, part)), draws)
+                window.add(terms.per_item, terms.t)
+        return {f"validation_{name}": value for name, value in window.losses(lambda sums: sums).items()}
+
+    def preview(self) -> None:
+        """Write a grid of samples of the averaged weights to samples/; the same noise every time."""
+        if not self.is_main:
+            return
+        path = self.run.folder / "samples" / f"step_{self.step:08d}.png"
+        with self.ema.applied(), contextlib.suppress(UserError):  # data without a picture are trained without one
+            grid = picture(self.model.sample(self.config.preview_samples, seed=self.seed).data, self.run.config.spec)
+            with files.replacing(path) as temporary:
+                grid.save(temporary, format="png")
+            self.progress.note(f"samples: {path}")
+
+    def save(self) -> None:
+        """Write a checkpoint, then the weights to sample with."""
+        if self.is_main:
+            self.checkpoints.save(self.step, self.model, self.ema, self.optimizer)
+            self.run.write_weights(self.ema.state_dict())
+        self.accelerator.wait_for_everyone()
+
+    def _log(self, values: dict[str, Any], **more: Any) -> None:
+        line = {"step": self.step, "epoch": round(self.order.epoch(self.step), 4), **values, **more}
+        if self.is_main:
+            with (self.run.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.progress.log(line, self.run.folder if self.config.tensorboard else None)
+
+    def _agreed(self, stopped: list[int]) -> bool:
+        """Whether any process was asked to stop; all get the same answer, so that all leave at the same step."""
+        if self.accelerator.num_processes == 1:
+            return bool(stopped)
+        flag = torch.tensor([float(bool(stopped))], device=self.device)
+        return bool(self.accelerator.reduce(flag).item() > 0)
+
+    def _diverged(self, t: Tensor | None) -> None:
+        saved = self.checkpoints.all()
+        times = "" if t is None else f" (last batch: t from {t.min():.3f} to {t.max():.3f}, median {t.median():.3f})"
+        raise Diverged(
+            f"the loss is no longer finite at step {self.step + 1}{times}; last good checkpoint: "
+            f"{saved[-1] if saved else 'none yet'}; a lower training.lr or a smaller training.clip_grad usually helps"
+        )
+
+
+class Window:
+    """Losses since the last line of the log, in all and by quartile of t."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(2, 5, dtype=torch.float64)  # loss and count; all, then the four quartiles
+        self.seconds, self.grad_norm = 0.0, 0.0
+        self.items = 0
+
+    def add(self, per_item: Tensor, t: Tensor | None) -> None:
+        """Take in the losses (B,) of items at times t (B,)."""
+        loss = per_item.detach().double().cpu()
+        self.items += len(loss)
+        self.sums[0, 0] += loss.sum()
+        self.sums[1, 0] += len(loss)
+        if t is not None:
+            quartile = 1 + (t * 4).long().clamp(0, 3)
+            self.sums[0].index_add_(0, quartile, loss)
+            self.sums[1].index_add_(0, quartile, torch.ones_like(loss))
+
+    def losses(self, reduce: Any) -> dict[str, Any]:
+        """Mean losses over all processes: `loss`, and `loss_q1`..`loss_q4` where t is known."""
+        total, count = reduce(self.sums)
+        names = ["loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4"]
+        return {name: float(s / n) for name, s, n in zip(names, total, count, strict=True) if n > 0}
+
+    def drain(self, reduce: Any) -> dict[str, Any]:
+        """What to log; starts a new window."""
+        values = self.losses(reduce)
+        rate = float(self.sums[1, 0]) / self.seconds if self.seconds else 0.0
+        values |= {"grad_norm": self.grad_norm, "seconds": round(self.seconds, 4), "items_per_second": round(rate, 2)}
+        self.__init__()  # type: ignore[misc]
+        return values
+
+
+@contextlib.contextmanager
+def stopping_on_signal() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT in a list instead of dying of them; a second one kills as usual."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
+                previous[number] = signal.signal(number, note)
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _precision(wanted: str) -> str:
+    if wanted != "auto":
+        return "bf16" if wanted == "bf16" else "no"
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+    return "bf16" if computes_in_bf16() else "no"
+
+
+def computes_in_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); emulated it is far slower than float32."""
+    cpu: Any = torch.cpu
+    return any(
+        getattr(cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
