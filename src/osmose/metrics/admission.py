@@ -1,4 +1,4 @@
-"""What samples must be before they are measured. A metric returns a number for any array; these checks say when not to."""
+"""What samples must be before they are measured: a metric returns a number for any array, these checks say no."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def _in_range(samples: Tensor, spec: DataSpec) -> None:
     if least < low - slack or most > high + slack:
         model = spec.model_range or (-1.0, 1.0)
         if model[0] - 0.5 <= least and most <= model[1] + 0.5:
-            raise UserError(f"{span}; these look like the model's units [{model[0]:g}, {model[1]:g}]: decode them first")
+            raise UserError(
+                f"{span}; these look like the model's units [{model[0]:g}, {model[1]:g}]: decode them first"
+            )
         raise UserError(f"{span}; pass data units, inside the range")
     # [0, 1] lies inside 0..255 and would be measured as almost black images.
     one_level = (high - low) / (spec.levels - 1) if spec.levels else 0.0

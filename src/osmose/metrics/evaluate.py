@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from osmose.data.dataset import Dataset, DataSpec
@@ -14,16 +12,10 @@ from osmose.errors import UserError, nearest
 from osmose.metrics.admission import admit, refuse_identical
 from osmose.metrics.features import NO_FEATURES, FeatureNetwork, default_features
 from osmose.metrics.matrices import seeded, subset
-from osmose.metrics.measures import (
-    ON_FEATURES,
-    ON_PROBABILITIES,
-    ON_VALUES,
-    Measure,
-    Measured,
-    neighbour_ratio,
-)
+from osmose.metrics.measures import ON_FEATURES, ON_PROBABILITIES, ON_VALUES, Measured, neighbour_ratio, share
 from osmose.metrics.real import Part, RealSets, draw_real, embed_real
 from osmose.metrics.score import Score, table
+from osmose.metrics.scorecard import Scorecard, Sides
 
 __all__ = ["Score", "metric_names", "score_samples", "table"]
 
@@ -33,26 +25,26 @@ BALL_ITEMS = 10_000
 #: Items of each side that are looked up in the whole training part; a median needs no more.
 NEIGHBOUR_QUERIES = 500
 
-_INCEPTION = {"fd": "fid", "kid": "kid", "precision": "precision", "recall": "recall", "score": "is"}
-_SHORT = {"fd": "fd", "kid": "kid", "precision": "prec", "recall": "rec", "score": "score"}
+_BALLS = {key: measure for key, measure in ON_FEATURES.items() if key in ("precision", "recall")}
+_WHOLE = {key: measure for key, measure in ON_FEATURES.items() if key not in _BALLS}
+_PUBLISHED = {"fd": "fid", "kid": "kid", "precision": "precision", "recall": "recall", "score": "is"}
+_OWN = {"fd": "fd", "kid": "kid", "precision": "prec", "recall": "rec", "score": "score"}
 
 
 def metric_names(spec: DataSpec, features: FeatureNetwork | None) -> dict[str, str]:
-    """Names of the metrics for such data and such a network, each with the measure behind it.
+    """The metrics for such data and such a network: the measure behind each, to the name it may go by.
 
     `fid`, `kid`, `is`, `precision` and `recall` exist only with the verified Inception network of 2015.
     """
     names: dict[str, str] = {}
-    if features is not None and features.suffix == "":
-        names |= {name: measure for measure, name in _INCEPTION.items()}
-    elif features is not None:
-        names |= {f"{name}_{features.suffix}": measure for measure, name in _SHORT.items()}
+    if features is not None:
+        published = not features.suffix
+        names = dict(_PUBLISHED) if published else {key: f"{own}_{features.suffix}" for key, own in _OWN.items()}
     if features is not None and features.suffix == "clf":
-        names["clf_score"] = names.pop("score_clf")
-        names |= {"conf": "conf", "class_tv": "class_tv", "label_clf": "label_clf"}
-    names |= {"sw2": "sw2", "energy": "energy", "nn_ratio": "nn_ratio"}
+        names |= {"score": "clf_score", "conf": "conf", "class_tv": "class_tv", "label_clf": "label_clf"}
+    names |= {key: key for key in ("sw2", "energy", "nn_ratio")}
     if spec.kind != "image":
-        names |= {"mmd": "mmd", "prec_raw": "prec_raw", "rec_raw": "rec_raw"}
+        names |= {key: key for key in ("mmd", "prec_raw", "rec_raw")}
     return names
 
 
@@ -61,7 +53,7 @@ def score_samples(
     dataset: Dataset,
     *,
     reference: Part = "train",
-    features: FeatureNetwork | None | Literal["default"] = "default",
+    features: FeatureNetwork | Literal["default"] | None = "default",
     num_real: int | None = None,
     labels: Tensor | None = None,
     seed: int = 0,
@@ -70,9 +62,9 @@ def score_samples(
     """Compare n samples with as many real items.
 
     The reference is a random subset of `reference`, the same for every model with the same n and seed; the floor of
-    every metric is its value between that subset and other real items of the same number (`real.draw_real`).
-    Metrics of the values are in model units and use at most 3,000 items of each side, precision and recall at most
-    10,000, `nn_ratio` 500 against the whole training part. Its best value is the one of real data, near 1.
+    every metric is its value between that subset and as many other real items (`real.draw_real`). Metrics of the
+    values are in model units and use at most 3,000 items of each side, precision and recall at most 10,000,
+    `nn_ratio` 500 of each side against the whole training part; its best value is that of unseen real data, about 1.
 
     Args:
         samples: data units (`spec.decode` of what a model draws), shape (n, *spec.shape).
@@ -91,33 +83,116 @@ def score_samples(
     """
     spec = dataset.spec
     samples = admit(samples, spec)
+    n, m = len(samples), num_real if num_real is not None else len(samples)
+    if m < 4:
+        raise UserError(f"num_real: {m} real items are too few, at least 4 needed")
     network = _network(features, dataset)
-    names = _wanted(metric_names(spec, network), metrics, labels is not None)
-    n = len(samples)
-    m = num_real or n
+    names = _wanted(metric_names(spec, network), metrics, labels, n)
     real = draw_real(dataset, reference, n, m, seed)
     refuse_identical(samples, dataset.part(reference)[0], reference)
     refuse_identical(samples, real.items[real.reference], reference)
 
-    scores = _Collector(reference, names, strict=metrics is not None, common=_common_notes(real, n, dataset, features, network))
-    if network is not None and scores.any_of(ON_FEATURES | ON_PROBABILITIES, "label_clf"):
-        made = network.embed(samples, spec.range)
-        known = embed_real(real, network, dataset, reference, n, m, seed)
-        sides = _Sides.of(made.features, known.features, real)
-        scores.network, scores.notes["fd"] = network, _small(n, network)
-        for measure in ON_FEATURES:
-            limited = sides.at_most(BALL_ITEMS, seed) if measure in ("precision", "recall") else sides
-            scores.add(measure, ON_FEATURES[measure], limited)
-        if made.probabilities is not None and known.probabilities is not None:
-            sides = _Sides.of(made.probabilities, known.probabilities, real)
-            for measure in ON_PROBABILITIES:
-                scores.add(measure, ON_PROBABILITIES[measure], sides)
-            if labels is not None:
-                scores.add("label_clf", _agreement(labels, real), sides)
-        scores.network = None
-    limited = _Sides.of(samples, real.items, real).at_most(VALUE_ITEMS, seed)
-    values = limited.map(lambda x: spec.encode(x).flatten(1))
-    for measure in ON_VALUES:
-        scores.add(measure, ON_VALUES[measure], values)
-    _add_neighbours(scores, samples, dataset, seed)
-    return scores.finished()
+    card = Scorecard(names, reference, strict=metrics is not None)
+    if network is not None and not names.keys().isdisjoint({*ON_FEATURES, *ON_PROBABILITIES, "label_clf"}):
+        _add_features(card, samples, labels, dataset, real, network, m, seed)
+    sides = Sides.of(samples, real.items, real).at_most(VALUE_ITEMS, seed)
+    card.add(ON_VALUES, sides.map(lambda x: spec.encode(x).flatten(1)))
+    _add_neighbours(card, samples, dataset, seed)
+
+    found = real.reference.stop
+    notes = [real.note] if real.note else []
+    if found != n:
+        notes.append(f"n = {n} samples against m = {found} real items: scores with other n and m are not comparable")
+    if network is None and features == "default" and spec.kind == "image":
+        notes.append(NO_FEATURES.format(source=dataset.source, shape=spec.shape))
+    return card.finished(notes)
+
+
+def _network(features: FeatureNetwork | Literal["default"] | None, dataset: Dataset) -> FeatureNetwork | None:
+    if features is None:
+        return None
+    if isinstance(features, str):
+        return default_features(dataset.source, dataset.spec)
+    if not features.takes(dataset.spec):
+        spec = dataset.spec
+        raise UserError(
+            f"features: {features.name} takes images of shape {features.shape or '(1 or 3, height, width)'}; "
+            f"{dataset.source} has {spec.kind} data of shape {spec.shape}"
+        )
+    return features
+
+
+def _wanted(names: dict[str, str], metrics: Sequence[str] | None, labels: Tensor | None, n: int) -> dict[str, str]:
+    """The part of `names` that is to be computed."""
+    if labels is None:
+        names.pop("label_clf", None)
+    elif labels.shape != (n,):
+        raise UserError(f"labels: shape {tuple(labels.shape)} given for {n} samples")
+    if metrics is None:
+        return names
+    known = set(names.values())
+    for metric in metrics:
+        if metric in known:
+            continue
+        if metric in _PUBLISHED.values():
+            raise UserError(
+                f"metrics: {metric} is not available: it is defined by the Inception network of 2015, whose weights "
+                f"(SHA-256 6726825d...) are given with --inception-weights PATH; available: {', '.join(sorted(known))}"
+            )
+        if metric == "label_clf":
+            raise UserError("metrics: label_clf needs a classifier and the labels that the samples were drawn for")
+        raise UserError(f"metrics: unknown metric {metric!r}; {nearest(metric, known)}")
+    return {key: name for key, name in names.items() if name in metrics}
+
+
+def _add_features(
+    card: Scorecard,
+    samples: Tensor,
+    labels: Tensor | None,
+    dataset: Dataset,
+    real: RealSets,
+    network: FeatureNetwork,
+    m: int,
+    seed: int,
+) -> None:
+    n, d = len(samples), network.dim
+    made = network.embed(samples, dataset.spec.range)
+    known = embed_real(real, network, dataset, card.reference, n, m, seed)
+    sides = Sides.of(made.features, known.features, real)
+    few = (
+        f"n = {n} is below 10 d = {10 * d}: the Frechet distance is mostly its bias; compare it with that of real data"
+    )
+    card.add({"fd": _WHOLE["fd"]}, sides, network, few if n < 10 * d else None)
+    card.add({"kid": _WHOLE["kid"]}, sides, network)
+    card.add(_BALLS, sides.at_most(BALL_ITEMS, seed), network)
+    if made.probabilities is None or known.probabilities is None:
+        return
+    sides = Sides.of(made.probabilities, known.probabilities, real)
+    card.add(ON_PROBABILITIES, sides, network)
+    if labels is None:
+        return
+    told = labels.cpu()
+
+    def agreement() -> tuple[Measured, float | None]:
+        right = float((sides.x.argmax(dim=1) == told).double().mean())
+        if real.labels is None:
+            return share(right, n), None
+        return share(right, n), float((sides.y.argmax(dim=1) == real.labels[real.reference]).double().mean())
+
+    card.put("label_clf", agreement, "higher", n, len(sides.y), network)
+
+
+def _add_neighbours(card: Scorecard, samples: Tensor, dataset: Dataset, seed: int) -> None:
+    spec, generator = dataset.spec, seeded(seed)
+    made = samples[subset(len(samples), NEIGHBOUR_QUERIES, generator)]
+    unseen = dataset.held_out[subset(len(dataset.held_out), NEIGHBOUR_QUERIES, generator)]
+    # One scale for all channels does not change the ratio, and the training part need not be copied.
+    same_scale = len(set(spec.scale)) == 1
+
+    def flat(x: Tensor) -> Tensor:
+        return x.flatten(1) if same_scale else spec.encode(x).flatten(1)
+
+    def compute() -> tuple[Measured, float | None]:
+        return neighbour_ratio(flat(made), flat(dataset.train), flat(unseen))
+
+    card.put("nn_ratio", compute, "higher", len(made), len(unseen))

@@ -64,3 +64,8 @@ def subset(total: int, size: int, generator: torch.Generator) -> Tensor:
 def seeded(seed: int) -> torch.Generator:
     """A generator of its own, so that measuring never moves the global random state."""
     return torch.Generator().manual_seed(seed)
+
+
+def resample(x: Tensor, generator: torch.Generator) -> Tensor:
+    """As many rows of x (n, d), drawn with replacement: one bootstrap resample."""
+    return x[torch.randint(len(x), (len(x),), generator=generator)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from osmose.metrics import distances
-from osmose.metrics.matrices import seeded
+from osmose.metrics.matrices import resample, seeded
 from osmose.metrics.moments import Moments
 from osmose.metrics.neighbours import coverage, nearest_distances
 
@@ -30,79 +30,93 @@ class Measured(NamedTuple):
 class Measure:
     """One metric: how it is computed and which way is better.
 
-    `compute(x, y, error)` takes the generated and the real set; without `error` it may skip what only that needs.
+    Attributes:
+        of: generated set and real set to a value, with its error where that costs nothing more.
+        better: which way.
+        error: standard error of the value where it has a cost of its own, or None; floors do without.
     """
 
-    compute: Callable[[Tensor, Tensor, bool], Measured]
+    of: Callable[[Tensor, Tensor], Measured]
     better: Literal["lower", "higher"]
+    error: Callable[[Tensor, Tensor], float | None] | None = None
+
+    def compute(self, x: Tensor, y: Tensor) -> Measured:
+        """The value with its standard error."""
+        value, error = self.of(x, y)
+        return Measured(value, self.error(x, y) if self.error else error)
 
 
-def _frechet(x: Tensor, y: Tensor, error: bool) -> Measured:
-    value = distances.frechet_distance(Moments.of(x), Moments.of(y))
+def _frechet(x: Tensor, y: Tensor) -> Measured:
+    return Measured(distances.frechet_distance(Moments.of(x), Moments.of(y)))
+
+
+def _frechet_error(x: Tensor, y: Tensor) -> float | None:
     # A resample has about 63 % different rows; with too few of them its covariance is singular and its spread wrong.
-    if not error or x.shape[1] > BOOTSTRAP_DIM or min(len(x), len(y)) < 2 * x.shape[1]:
-        return Measured(value)
-    return Measured(value, distances.frechet_standard_error(x, y, RESAMPLES))
+    if x.shape[1] > BOOTSTRAP_DIM or min(len(x), len(y)) < 2 * x.shape[1]:
+        return None
+    return distances.frechet_standard_error(x, y, RESAMPLES)
 
 
-def _kernel(x: Tensor, y: Tensor, error: bool) -> Measured:
+def _kernel(x: Tensor, y: Tensor) -> Measured:
     return Measured(*distances.kernel_distance(x, y)[:2])
 
 
-def _score(x: Tensor, y: Tensor, error: bool) -> Measured:
+def _score(x: Tensor, _y: Tensor) -> Measured:
     return Measured(*distances.inception_score(x)[:2])
 
 
-def _precision(x: Tensor, y: Tensor, error: bool) -> Measured:
-    return _share(coverage(x, y), len(x))
+def _precision(x: Tensor, y: Tensor) -> Measured:
+    return share(coverage(x, y), len(x))
 
 
-def _recall(x: Tensor, y: Tensor, error: bool) -> Measured:
-    return _share(coverage(y, x), len(y))
+def _recall(x: Tensor, y: Tensor) -> Measured:
+    return share(coverage(y, x), len(y))
 
 
-def _share(value: float, n: int) -> Measured:
-    # Binomial, for fixed balls: their own variation is left out.
+def share(value: float, n: int) -> Measured:
+    """A share of n items with its binomial error; for precision and recall that takes the balls as fixed."""
     return Measured(value, (value * (1 - value) / n) ** 0.5)
 
 
-def _confidence(x: Tensor, y: Tensor, error: bool) -> Measured:
+def _confidence(x: Tensor, _y: Tensor) -> Measured:
     surest = x.to(torch.float64).max(dim=1).values
     return Measured(float(surest.mean()), float(surest.std() / len(x) ** 0.5))
 
 
-def _class_tv(x: Tensor, y: Tensor, error: bool) -> Measured:
+def _class_tv(x: Tensor, y: Tensor) -> Measured:
     # Predicted classes on both sides, so that what the classifier gets wrong cancels.
-    counts = [p.argmax(dim=1).bincount(minlength=p.shape[1]) for p in (x, y)]
-    return Measured(distances.total_variation(*counts))
+    made, real = (p.argmax(dim=1).bincount(minlength=p.shape[1]) for p in (x, y))
+    return Measured(distances.total_variation(made, real))
 
 
-def _sliced(x: Tensor, y: Tensor, error: bool) -> Measured:
-    x, y = (distances.project(side.to(torch.float64), 200, seed=0) for side in (x, y))
-    value = distances.wasserstein_of_projections(x, y)
-    if not error:
-        return Measured(value)
+def _projected(x: Tensor) -> Tensor:
+    return distances.project(x.to(torch.float64), num_directions=200, seed=0)
+
+
+def _sliced(x: Tensor, y: Tensor) -> Measured:
+    return Measured(distances.wasserstein_of_projections(_projected(x), _projected(y)))
+
+
+def _sliced_error(x: Tensor, y: Tensor) -> float:
+    x, y = _projected(x), _projected(y)
     generator = seeded(0)
-    again = [
-        distances.wasserstein_of_projections(
-            *(side[torch.randint(len(side), (len(side),), generator=generator)] for side in (x, y))
-        )
-        for _ in range(RESAMPLES)
+    values = [
+        distances.wasserstein_of_projections(resample(x, generator), resample(y, generator)) for _ in range(RESAMPLES)
     ]
-    return Measured(value, float(torch.tensor(again, dtype=torch.float64).std()))
+    return float(torch.tensor(values, dtype=torch.float64).std())
 
 
-def _energy(x: Tensor, y: Tensor, error: bool) -> Measured:
+def _energy(x: Tensor, y: Tensor) -> Measured:
     return Measured(*distances.energy_distance(x, y)[:2])
 
 
-def _mmd(x: Tensor, y: Tensor, error: bool) -> Measured:
+def _mmd(x: Tensor, y: Tensor) -> Measured:
     return Measured(*distances.mmd(x, y)[:2])
 
 
 #: Of features (n, d).
 ON_FEATURES = {
-    "fd": Measure(_frechet, "lower"),
+    "fd": Measure(_frechet, "lower", _frechet_error),
     "kid": Measure(_kernel, "lower"),
     "precision": Measure(_precision, "higher"),
     "recall": Measure(_recall, "higher"),
@@ -115,7 +129,7 @@ ON_PROBABILITIES = {
 }
 #: Of the values themselves in model units (n, dimension).
 ON_VALUES = {
-    "sw2": Measure(_sliced, "lower"),
+    "sw2": Measure(_sliced, "lower", _sliced_error),
     "energy": Measure(_energy, "lower"),
     "mmd": Measure(_mmd, "lower"),
     "prec_raw": Measure(_precision, "higher"),

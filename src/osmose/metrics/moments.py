@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from osmose.errors import UserError
-from osmose.metrics.matrices import matrix, pair, seeded
+from osmose.metrics.matrices import matrix, pair, resample, seeded
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def frechet_standard_error(x: Tensor, y: Tensor, resamples: int = 10, seed: int 
     """Standard deviation of the Frechet distance over bootstrap resamples of both feature matrices.
 
     Resampling adds bias to the distance itself (repeated rows), so only the spread is used. With 10 resamples the
-    result is good to about 25 %.
+    result is good to about 25 %; for equal laws it is up to twice too large.
 
     Args:
         x: generated features, shape (n, d).
@@ -117,11 +117,10 @@ def frechet_standard_error(x: Tensor, y: Tensor, resamples: int = 10, seed: int 
     """
     x, y = pair(x, y)
     generator = seeded(seed)
-
-    def again(rows: Tensor) -> Moments:
-        return Moments.of(rows[torch.randint(len(rows), (len(rows),), generator=generator)])
-
-    values = [frechet_distance(again(x), again(y)) for _ in range(resamples)]
+    values = [
+        frechet_distance(Moments.of(resample(x, generator)), Moments.of(resample(y, generator)))
+        for _ in range(resamples)
+    ]
     return float(torch.tensor(values, dtype=torch.float64).std())
 
 

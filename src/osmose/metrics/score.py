@@ -24,7 +24,7 @@ class Score(Config):
     n: int = Field(description="generated samples used")
     m: int = Field(description="real samples used")
     reference: str = Field(description="part of the real data that was compared with: train or held-out")
-    note: str | None = Field(None, description="what to beware of when reading the value")
+    note: str | None = Field(None, description="what to beware of when reading the value, one line each")
 
 
 def table(scores: Sequence[Score], title: str | None = None) -> Table:
@@ -36,14 +36,14 @@ def table(scores: Sequence[Score], title: str | None = None) -> Table:
     result.add_column("features")
     notes: list[str] = []
     for score in scores:
-        mark = ""
-        if score.note:
-            if score.note not in notes:
-                notes.append(score.note)
-            mark = f" [{notes.index(score.note) + 1}]"
-        result.add_row(
+        marks = []
+        for note in (score.note or "").splitlines():
+            if note not in notes:
+                notes.append(note)
             # A backslash keeps rich from reading the mark as a style.
-            f"{score.name} {'↓' if score.better == 'lower' else '↑'}{mark.replace('[', chr(92) + '[')}",
+            marks.append(f" \\[{notes.index(note) + 1}]")
+        result.add_row(
+            f"{score.name} {'↓' if score.better == 'lower' else '↑'}{''.join(marks)}",
             _short(score.value),
             _short(score.standard_error),
             _short(score.floor),

@@ -31,6 +31,7 @@ class UNetConfig(NetworkConfig):
     channels: int = Field(128, ge=4, description="width of the first level, C")
     mult: tuple[int, ...] = Field((1, 2, 2, 2), min_length=1, description="width of each level, in units of C")
     blocks: int = Field(2, ge=1, description="residual blocks per level on the way down; one more on the way up")
+    patch: int = Field(1, ge=1, description="side of the squares of pixels folded into channels before the first level")
     attention: tuple[int, ...] = Field((16,), description="resolutions (larger side, in pixels) with self-attention")
     heads: int = Field(1, ge=1, description="attention heads")
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -44,7 +45,7 @@ class UNetConfig(NetworkConfig):
         return UNet(self, event_shape, num_classes)
 
     def resolutions(self, event_shape: tuple[int, ...]) -> list[int]:
-        """The larger side of the image at each level.
+        """The larger side of the feature maps at each level.
 
         Raises:
             UserError: not an image, or a side that does not halve often enough.
@@ -52,11 +53,14 @@ class UNetConfig(NetworkConfig):
         if len(event_shape) != 3:
             raise UserError(f"network: a unet needs images (channels, height, width), not events of shape {event_shape}")
         _, *sides = event_shape
+        if any(side % self.patch for side in sides):
+            raise UserError(f"network.patch: {self.patch} does not divide the sides of {sides[0]}x{sides[1]} images")
+        sides = [side // self.patch for side in sides]
         factor = 2 ** (len(self.mult) - 1)
         if any(side % factor for side in sides):
             most = 1 + min((side & -side).bit_length() - 1 for side in sides)
             raise UserError(
-                f"network.mult: {len(self.mult)} levels need sides divisible by {factor}, but the images are "
+                f"network.mult: {len(self.mult)} levels need sides divisible by {factor}, but the first level is "
                 f"{sides[0]}x{sides[1]}; use at most {most} level{'s' if most > 1 else ''} or resize the images"
             )
         return [max(sides) // 2**level for level in range(len(self.mult))]
@@ -248,7 +252,7 @@ class UNet(nn.Module):
                 f"{', '.join(map(str, resolutions))}"
             )
         channels, widths = config.channels, [config.channels * m for m in config.mult]
-        self.config, self.channels, data_channels = config, channels, event_shape[0]
+        self.config, self.channels, data_channels = config, channels, event_shape[0] * config.patch**2
         self.time_embedding = _TimeEmbedding(channels, 4 * channels)
         self.class_embedding = nn.Embedding(num_classes, 4 * channels) if num_classes else None
         self.conv_in = nn.Conv2d(data_channels, channels, 3, padding=1)
@@ -303,7 +307,7 @@ class UNet(nn.Module):
         if self.class_embedding is not None and condition is not None:
             embedding = embedding + self.class_embedding(condition)
         embedding = F.silu(embedding)  # every block applies SiLU to the same embedding: once is enough
-        x = self.conv_in(x)
+        x = self.conv_in(F.pixel_unshuffle(x, self.config.patch))
         skips = [x]
         for level in self.down_blocks:
             for index in range(len(level.resnets)):
@@ -319,5 +323,4 @@ class UNet(nn.Module):
                 x = level.layer(index, torch.cat([x, skips.pop()], 1), embedding)
             for upsample in level.upsamplers:
                 x = upsample(x)
-        out: Tensor = self.conv_out(self.conv_norm_out.silu(x))
-        return out
+        return F.pixel_shuffle(self.conv_out(self.conv_norm_out.silu(x)), self.config.patch)
