@@ -1,0 +1,46 @@
+"""osmose: diffusion models on the hardware you have.
+
+import osmose
+
+run = osmose.train("ddpm", "digits", "runs/digits")
+x = osmose.load("runs/digits").sample(64, num_steps=20, seed=0).data
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from osmose.data.dataset import DataConfig, Dataset
+    from osmose.errors import UserError
+    from osmose.metrics.evaluate import score_samples
+    from osmose.training.recipes import recipe, train
+    from osmose.training.run import Run, load
+    from osmose.training.trainer import Trainer
+
+__all__ = ["DataConfig", "Dataset", "Run", "Trainer", "UserError", "load", "recipe", "score_samples", "train"]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DataConfig": "osmose.data.dataset",
+    "Dataset": "osmose.data.dataset",
+    "Run": "osmose.training.run",
+    "Trainer": "osmose.training.trainer",
+    "UserError": "osmose.errors",
+    "load": "osmose.training.run",
+    "recipe": "osmose.training.recipes",
+    "score_samples": "osmose.metrics.evaluate",
+    "train": "osmose.training.recipes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Importing osmose imports nothing else: torch comes in with the first thing that needs it.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'osmose' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Input that osmose refuses: one line that names the field, the value and what would be right.
 
     The command line prints it without a traceback and exits with status 2.

@@ -1,0 +1,12 @@
+"""The command line: one file per command; `osmose --help` imports none of them."""
+
+from __future__ import annotations
+
+#: Verb: where its command is, and what it does in one line.
+COMMANDS = {
+    "train": ("osmose.cli.train:Train", "train a model on data, or continue a run"),
+    "sample": ("osmose.cli.sample:Sample", "draw samples from a run: a picture or an .npz"),
+    "evaluate": ("osmose.cli.evaluate:Evaluate", "score a run's samples against real data"),
+    "compare": ("osmose.cli.compare:Compare", "put runs side by side: a table and a Pareto plot"),
+    "info": ("osmose.cli.info:Info", "describe a run or a data set"),
+}

@@ -57,4 +57,4 @@ class Clipped:
         self.denoiser, self.low, self.high = denoiser, low, high
 
     def __call__(self, x_t: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
-        return self.denoiser(x_t, level, condition).clamp_(self.low, self.high)
+        return self.denoiser(x_t, level, condition).clamp(self.low, self.high)

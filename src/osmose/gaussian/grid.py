@@ -35,14 +35,14 @@ _KARRAS_RHO = 7.0
 class TimeGrid:
     """Levels of decreasing noise; `levels[-1]` is `CLEAN`. Coefficients are Python floats, computed in float64."""
 
-    levels: tuple[Level, ...]
+    levels: tuple[Level[float], ...]
 
     @property
     def num_steps(self) -> int:
         """Number of solver steps."""
         return len(self.levels) - 1
 
-    def steps(self) -> Iterator[tuple[Level, Level]]:
+    def steps(self) -> Iterator[tuple[Level[float], Level[float]]]:
         """Pairs (from, to), noisiest first."""
         yield from zip(self.levels, self.levels[1:], strict=False)
 
@@ -79,7 +79,7 @@ class TimeGrid:
         if bool((t.diff() >= 0).any()):
             raise ValueError(f"times must decrease strictly, got {t.tolist()}")
         level = schedule.level(t)
-        columns = (column.tolist() for column in level if isinstance(column, Tensor))
+        columns = (column.tolist() for column in level)
         levels = tuple(Level(*row) for row in zip(*columns, strict=True))
         if any(level.sigma <= 0 for level in levels):
             raise ValueError("only the end of a grid may be without noise")

@@ -55,8 +55,10 @@ class MixtureDenoiser:
         """p(component | x_t), shape (B, K)."""
         alpha, sigma = column(level.alpha, x_t), column(level.sigma, x_t)
         total = alpha**2 * self.variance + sigma**2
-        distance = torch.cdist(x_t, alpha * self.centres) if not isinstance(alpha, Tensor) else torch.stack(
-            [(x_t - alpha * centre).norm(dim=1) for centre in self.centres], dim=1
+        distance = (
+            torch.cdist(x_t, alpha * self.centres)
+            if not isinstance(alpha, Tensor)
+            else torch.stack([(x_t - alpha * centre).norm(dim=1) for centre in self.centres], dim=1)
         )
         return torch.softmax(self.log_weights - distance**2 / (2 * total), dim=1)
 

@@ -47,7 +47,7 @@ class Parametrization(Config, ABC):
     def coefficients(self, level: Level) -> Coefficients:
         """The table's row at one level."""
 
-    def check(self, schedule: Schedule) -> None:  # noqa: B027 - most parametrizations go with every schedule
+    def check(self, schedule: Schedule) -> None:
         """Refuse a schedule on which the denoised data cannot be recovered.
 
         Raises:
@@ -66,7 +66,7 @@ class EpsParametrization(Parametrization):
     def check(self, schedule: Schedule) -> None:
         if float(schedule.alpha(1.0)) == 0:
             raise UserError(
-                f"parametrization: 'eps' cannot recover x0 at t = 1, where the {schedule.kind!r} schedule has alpha = 0; "
+                f"parametrization: 'eps' cannot recover x0 at t = 1, where {schedule.kind!r} has alpha = 0; "
                 "use v, x0 or edm"
             )
 
@@ -81,7 +81,7 @@ class X0Parametrization(Parametrization):
 
 
 class VParametrization(Parametrization):
-    """F is v = alpha eps - sigma x0 (arXiv 2202.00512), on any schedule: x0 = (alpha x_t - sigma F) / (alpha^2 + sigma^2)."""
+    """F is v = alpha eps - sigma x0 (arXiv 2202.00512): x0 = (alpha x_t - sigma F) / (alpha^2 + sigma^2)."""
 
     kind: Literal["v"] = "v"
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from functools import cached_property
-from typing import Literal, NamedTuple
+from functools import lru_cache
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -22,13 +22,15 @@ from torch import Tensor
 
 from osmose.configuration import Config
 
+Number = TypeVar("Number", bound=float | Tensor)
 
-class Level(NamedTuple):
+
+class Level(NamedTuple, Generic[Number]):
     """One point of a schedule, or one for each item of a batch: Python floats, or float64 tensors of shape (B,)."""
 
-    t: float | Tensor
-    alpha: float | Tensor
-    sigma: float | Tensor
+    t: Number
+    alpha: Number
+    sigma: Number
 
 
 #: The end of every sampling grid: clean data.
@@ -76,11 +78,11 @@ class Schedule(Config, ABC):
 
     @abstractmethod
     def alpha_dot(self, t: Tensor | float) -> Tensor:
-        """d alpha / dt."""
+        """D alpha / dt."""
 
     @abstractmethod
     def sigma_dot(self, t: Tensor | float) -> Tensor:
-        """d sigma / dt."""
+        """D sigma / dt."""
 
     @abstractmethod
     def time_of(self, log_snr: Tensor | float) -> Tensor:
@@ -90,7 +92,7 @@ class Schedule(Config, ABC):
         """2 log(alpha / sigma), decreasing in t; infinite where sigma or alpha is 0."""
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
-    def level(self, t: Tensor | float) -> Level:
+    def level(self, t: Tensor | float) -> Level[Tensor]:
         """The point of the schedule at t."""
         t = as_time(t)
         return Level(t, self.alpha(t), self.sigma(t))
@@ -122,14 +124,14 @@ class _Tabulated(Schedule):
     def native_steps(self) -> int | None:
         return self.num_steps
 
-    @cached_property
+    @property
     def betas(self) -> Tensor:
         """beta_1..beta_T, shape (T,), float64."""
         return self._betas()
 
-    @cached_property
+    @property
     def _log_abar(self) -> Tensor:
-        return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-self.betas).cumsum(0)])
+        return _log_abar_table(self)
 
     def _position(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
         place = as_time(t) * self.num_steps
@@ -168,6 +170,12 @@ class _Tabulated(Schedule):
     def label(self, level: Level) -> float | Tensor:
         """The 0-based step k - 1 that DDPM's network is given, rescaled to 0..1000 when T is not 1000."""
         return (level.t * self.num_steps - 1) * (1000 / self.num_steps)
+
+
+@lru_cache(maxsize=64)  # not a cached property: pydantic compares those when it compares configurations
+def _log_abar_table(schedule: _Tabulated) -> Tensor:
+    """Log alpha^2 at t = k/T, k = 0..T."""
+    return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-schedule.betas).cumsum(0)])
 
 
 class LinearSchedule(_Tabulated):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 from torch import Tensor
@@ -19,7 +19,7 @@ from osmose.configuration import Config
 from osmose.gaussian.grid import TimeGrid
 from osmose.gaussian.schedule import Level
 
-Denoise = Callable[[Tensor, Level], Tensor]
+Denoise = Callable[[Tensor, Level[float]], Tensor]
 DrawNoise = Callable[[], Tensor]
 
 
@@ -61,7 +61,7 @@ class Solver(Config, ABC):
         return None
 
 
-def _transition(t: Level, s: Level) -> tuple[Any, Any]:
+def _transition(t: Level[float], s: Level[float]) -> tuple[float, float]:
     """q(x_t | x_s): the factor of x_s and the variance. On a discrete schedule's grid, sqrt(alpha_t) and beta_t."""
     ratio = t.alpha / s.alpha
     return ratio, t.sigma**2 - (ratio * s.sigma) ** 2
@@ -98,7 +98,7 @@ class Ancestral(Solver):
 
 
 class DDIM(Solver):
-    """DDIM (arXiv 2010.02502, eq. 12): deterministic at eta = 0, equal to strided `fixed_small` ancestral at eta = 1."""
+    """DDIM (arXiv 2010.02502, eq. 12): deterministic at eta = 0, strided `fixed_small` ancestral at eta = 1."""
 
     kind: Literal["ddim"] = "ddim"
     order: ClassVar[int] = 1
@@ -109,7 +109,7 @@ class DDIM(Solver):
             x0 = denoise(x, t)
             _, beta = _transition(t, s)
             fresh = self.eta * s.sigma / t.sigma * beta**0.5
-            keep = (s.sigma**2 - fresh**2) ** 0.5 / t.sigma
+            keep = max(s.sigma**2 - fresh**2, 0.0) ** 0.5 / t.sigma  # at eta = 1 the difference may round below 0
             x = x.mul(keep).add_(x0, alpha=s.alpha - keep * t.alpha)
             if fresh > 0:
                 x.add_(noise(), alpha=fresh)
@@ -127,13 +127,15 @@ class Heun(Solver):
             x0 = denoise(x, t)
             keep = s.sigma / t.sigma
             predicted = x.mul(keep).add_(x0, alpha=s.alpha - keep * t.alpha)
-            if s.sigma > 0 and t.alpha > 0:
+            if s.sigma == 0:
+                x = predicted
+            elif t.alpha > 0:
                 eps = (x - t.alpha * x0).div_(t.sigma)
                 eps.add_((predicted - s.alpha * denoise(predicted, s)).div_(s.sigma)).div_(2)
                 ratio = s.alpha / t.alpha
                 x = x.mul(ratio).add_(eps, alpha=s.sigma - ratio * t.sigma)
-            else:
-                x = predicted
+            else:  # r is infinite: the same rule in 1 / r, where d(x / sigma) / d(1 / r) = x0
+                x = x.mul(keep).add_((x0 + denoise(predicted, s)).div_(2), alpha=s.alpha)
             yield State(x, x0)
 
     def evaluations(self, num_steps: int) -> int:
@@ -141,7 +143,7 @@ class Heun(Solver):
 
 
 class DPMSolverPP2M(Solver):
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): multistep in log(alpha / sigma); the last step is first order."""
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): multistep in log(alpha / sigma); first order at the end."""
 
     kind: Literal["dpmpp-2m"] = "dpmpp-2m"
     order: ClassVar[int] = 2

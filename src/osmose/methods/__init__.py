@@ -8,7 +8,10 @@ METHODS = Registry(
     "method",
     {
         "ddpm": ("osmose.methods.diffusion:DDPMConfig", "denoising diffusion on T discrete steps (Ho et al. 2020)"),
-        "edm": ("osmose.methods.diffusion:EDMConfig", "preconditioned diffusion in continuous noise (Karras et al. 2022)"),
+        "edm": (
+            "osmose.methods.diffusion:EDMConfig",
+            "preconditioned diffusion in continuous noise (Karras et al. 2022)",
+        ),
     },
 )
 TIME_SAMPLERS = Registry(

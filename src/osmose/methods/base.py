@@ -147,7 +147,7 @@ class GenerativeModel(nn.Module, ABC):
         num_samples: int,
         *,
         seed: int = 0,
-        condition: Tensor | None = None,
+        condition: Tensor | int | None = None,
         batch_size: int | None = None,
         on_step: OnStep | None = None,
         **options: Any,
@@ -159,13 +159,13 @@ class GenerativeModel(nn.Module, ABC):
             raise UserError(f"seed: {seed} is not valid: must be between 0 and 2^63 - 1")
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size: {batch_size} is not valid: must be at least 1")
-        condition = self._checked_condition(condition, num_samples)
+        classes = self._checked_condition(condition, num_samples)
         sampling = self.sampling(**options)
         batch_size = batch_size or max(1, min(256, 2**20 // self.spec.dimension))
         total = -(-num_samples // batch_size)
         for index, first in enumerate(range(0, num_samples, batch_size)):
             count = min(batch_size, num_samples - first)
-            part = None if condition is None else condition[first : first + count]
+            part = None if classes is None else classes[first : first + count]
 
             def report(done: int, of: int, index: int = index) -> None:
                 if on_step is not None:
@@ -207,13 +207,17 @@ class GenerativeModel(nn.Module, ABC):
         classes = self.spec.num_classes or 0
         if condition is None:
             return torch.arange(num_samples) % classes
-        given = torch.as_tensor(condition, dtype=torch.int64).expand(num_samples) if isinstance(
-            condition, int
-        ) else torch.as_tensor(condition, dtype=torch.int64)
+        given = (
+            torch.as_tensor(condition, dtype=torch.int64).expand(num_samples)
+            if isinstance(condition, int)
+            else torch.as_tensor(condition, dtype=torch.int64)
+        )
         if given.shape != (num_samples,):
             raise UserError(f"condition: {tuple(given.shape)} classes given for {num_samples} samples")
         if bool(((given < 0) | (given >= classes)).any()):
-            raise UserError(f"condition: class {int(given[(given < 0) | (given >= classes)][0])} is not in 0..{classes - 1}")
+            raise UserError(
+                f"condition: class {int(given[(given < 0) | (given >= classes)][0])} is not in 0..{classes - 1}"
+            )
         return given
 
 

@@ -51,7 +51,7 @@ def two_sample(x: Tensor, y: Tensor, kernel: Kernel) -> Estimate:
     """
     x, y = pair(x, y)
     n, m = len(x), len(y)
-    xx, yy, xy = _Block(x, x, kernel), _Block(y, y, kernel), _Block(x, y, kernel)
+    xx, yy, xy = _Block(x, x, kernel, same=True), _Block(y, y, kernel, same=True), _Block(x, y, kernel, same=False)
     value = xx.mean + yy.mean - 2 * xy.mean
     first = (xx.rows - xy.rows).var() * 4 / n + (yy.rows - xy.columns).var() * 4 / m
     second = 2 * xx.interaction / n**2 + 2 * yy.interaction / m**2 + 4 * xy.interaction / (n * m)
@@ -63,8 +63,7 @@ def two_sample(x: Tensor, y: Tensor, kernel: Kernel) -> Estimate:
 class _Block:
     """Means of one kernel matrix; its diagonal is left out where both sides are the same rows."""
 
-    def __init__(self, a: Tensor, b: Tensor, kernel: Kernel):
-        same = a is b
+    def __init__(self, a: Tensor, b: Tensor, kernel: Kernel, same: bool):
         row_sums, column_sums, squares = a.new_zeros(len(a)), a.new_zeros(len(b)), a.new_zeros(())
         for block in row_blocks(len(a), len(b)):
             values = kernel(a[block], b)

@@ -22,7 +22,8 @@ def precision_recall(x: Tensor, y: Tensor, k: int = 3) -> PrecisionRecall:
     """Improved precision and recall, Kynkaanniemi et al. 2019 (arXiv 1904.06991), eq. 1-2.
 
     Precision is the share of generated points inside the union of balls around the real points that reach to each
-    one's k-th nearest other real point; recall is the same with the roles swapped. Memory is bounded by blocks.
+    one's k-th nearest other real point; recall is the same with the roles swapped. Noise widens the balls around the
+    generated points, so recall hardly falls with it: it measures missing modes, not quality. Memory is bounded.
 
     Args:
         x: generated features, shape (n, d).

@@ -65,7 +65,7 @@ def draw_real(dataset: Dataset, part: Part, n: int, m: int, seed: int) -> RealSe
         note = f"{part} has {len(values)} items, too few for two disjoint sets; {len(fill)} {other} items fill up"
     if len(items) >= n + m:
         return RealSets(items, kinds, slice(0, m), slice(m, m + n), slice(0, m), note)
-    half = len(items) // 2
+    half = min(len(items) // 2, n)
     note = f"the real data have only {len(items)} items: the floor is between disjoint halves of {half}, not {n}"
     return RealSets(items, kinds, slice(0, m), slice(half, 2 * half), slice(0, half), note)
 

@@ -17,7 +17,7 @@ class MLPConfig(NetworkConfig):
     """Residual MLP: `depth` blocks of two layers of `width` units, the label embedding added in each."""
 
     kind: Literal["mlp"] = "mlp"
-    width: int = Field(256, ge=4)
+    width: int = Field(256, ge=4, multiple_of=2)
     depth: int = Field(3, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
 
@@ -52,7 +52,7 @@ class MLP(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), near_zero_(nn.Linear(width, dimension)))
 
     def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
-        """x (B, *event), label (B,), condition (B,) or None -> (B, *event)."""
+        """X (B, *event), label (B,), condition (B,) or None -> (B, *event)."""
         embedding = self.embed(sinusoids(label, self.width))
         if self.classes is not None and condition is not None:
             embedding = embedding + self.classes(condition)

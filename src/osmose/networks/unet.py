@@ -11,12 +11,11 @@ What differs is how the same function is computed:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,14 +27,14 @@ class UNetConfig(NetworkConfig):
     """DDPM's UNet. The defaults are those of the CIFAR-10 model: 35.7 million parameters."""
 
     kind: Literal["unet"] = "unet"
-    channels: int = Field(128, ge=4, description="width of the first level, C")
-    mult: tuple[int, ...] = Field((1, 2, 2, 2), min_length=1, description="width of each level, in units of C")
+    channels: int = Field(128, ge=4, multiple_of=2, description="width of the first level, C")
+    mult: tuple[PositiveInt, ...] = Field((1, 2, 2, 2), min_length=1, description="width of each level, in units of C")
     blocks: int = Field(2, ge=1, description="residual blocks per level on the way down; one more on the way up")
     patch: int = Field(1, ge=1, description="side of the squares of pixels folded into channels before the first level")
     attention: tuple[int, ...] = Field((16,), description="resolutions (larger side, in pixels) with self-attention")
     heads: int = Field(1, ge=1, description="attention heads")
     dropout: float = Field(0.0, ge=0, lt=1)
-    norm_groups: int = Field(32, ge=1, description="groups of the normalisation, lowered to fit narrow levels")
+    norm_groups: int = Field(32, ge=1, description="groups of the normalisation, lowered on narrow levels")
     norm_eps: float = Field(1e-6, gt=0)
     padding: Literal["symmetric", "asymmetric"] = Field(
         "symmetric", description="of the stride-2 convolutions; asymmetric is TensorFlow's, for foreign weights"
@@ -51,7 +50,9 @@ class UNetConfig(NetworkConfig):
             UserError: not an image, or a side that does not halve often enough.
         """
         if len(event_shape) != 3:
-            raise UserError(f"network: a unet needs images (channels, height, width), not events of shape {event_shape}")
+            raise UserError(
+                f"network: a unet needs images (channels, height, width), not events of shape {event_shape}"
+            )
         _, *sides = event_shape
         if any(side % self.patch for side in sides):
             raise UserError(f"network.patch: {self.patch} does not divide the sides of {sides[0]}x{sides[1]} images")
@@ -76,9 +77,7 @@ class _NormSiLU(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        out, mean, rstd = torch.native_group_norm(
-            x, weight, bias, x.shape[0], x.shape[1], x[0, 0].numel(), groups, eps
-        )
+        out, mean, rstd = torch.native_group_norm(x, weight, bias, x.shape[0], x.shape[1], x[0, 0].numel(), groups, eps)
         return F.silu(out, inplace=True), mean, rstd
 
     @staticmethod
@@ -92,10 +91,11 @@ class _NormSiLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is wanted: leave the operations to autograd
-            inputs = [value.detach().requires_grad_() if not value.requires_grad else value for value in (x, weight, bias)]
-            out = F.silu(F.group_norm(inputs[0], ctx.groups, inputs[1], inputs[2], ctx.eps))
-            return (*torch.autograd.grad(out, inputs, grad, create_graph=True), None, None)
+        if torch.is_grad_enabled():  # a second derivative is wanted: in operations that have one
+            unit, slope, project = _linearised(x, weight, bias, ctx.groups, ctx.eps)
+            grad = grad * slope
+            others = [0, *range(2, x.ndim)]
+            return project(grad * _along(weight, x)), (grad * unit).sum(others), grad.sum(others), None, None
         n, c, size = x.shape[0], x.shape[1], x[0, 0].numel()
         normed = torch.native_group_norm(x, weight, bias, n, c, size, ctx.groups, ctx.eps)[0]
         grad = torch.ops.aten.silu_backward(grad.contiguous(memory_format=_layout(x)), normed)
@@ -107,31 +107,55 @@ class _NormSiLU(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, None]:
         x, weight, bias = ctx.saved_tensors
-        n, c = x.shape[:2]
-        grouped = x.reshape(n, ctx.groups, -1)
-        centred = grouped - grouped.mean(2, keepdim=True)
-        rstd = (centred.square().mean(2, keepdim=True) + ctx.eps).rsqrt()
-        unit = centred * rstd
-        shape = (1, c, *(1,) * (x.ndim - 2))
+        unit, slope, project = _linearised(x, weight, bias, ctx.groups, ctx.eps)
         d_out = torch.zeros_like(x)
         if tangents[0] is not None:
-            dx = tangents[0].reshape(n, ctx.groups, -1)
-            d_unit = rstd * (dx - dx.mean(2, keepdim=True) - unit * (unit * dx).mean(2, keepdim=True))
-            d_out = d_out + weight.view(shape) * d_unit.view_as(x)
+            d_out = d_out + _along(weight, x) * project(tangents[0])
         if tangents[1] is not None:
-            d_out = d_out + tangents[1].view(shape) * unit.view_as(x)
+            d_out = d_out + _along(tangents[1], x) * unit
         if tangents[2] is not None:
-            d_out = d_out + tangents[2].view(shape)
-        out = weight.view(shape) * unit.view_as(x) + bias.view(shape)
-        gate = torch.sigmoid(out)
-        return d_out * gate * (1 + out * (1 - gate)), None, None
+            d_out = d_out + _along(tangents[2], x)
+        return d_out * slope, None, None
+
+
+def _along(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(-1, *(1,) * (x.ndim - 2))
+
+
+def _linearised(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """What both derivatives of SiLU(GroupNorm(x)) are made of.
+
+    Returns:
+        The normalised x before weight and bias; SiLU's slope; the derivative of the normalisation at x, which is a
+        symmetric linear map.
+    """
+    grouped = x.reshape(x.shape[0], groups, -1)
+    centred = grouped - grouped.mean(2, keepdim=True)
+    rstd = (centred.square().mean(2, keepdim=True) + eps).rsqrt()
+    unit = centred * rstd
+
+    def project(dx: Tensor) -> Tensor:
+        dx = dx.reshape(unit.shape)
+        return (rstd * (dx - dx.mean(2, keepdim=True) - unit * (unit * dx).mean(2, keepdim=True))).view(x.shape)
+
+    normed = unit.view(x.shape)
+    out = _along(weight, x) * normed + _along(bias, x)
+    gate = torch.sigmoid(out)
+    return normed, gate * (1 + out * (1 - gate)), project
 
 
 class _Norm(nn.GroupNorm):
-    """Group normalisation with as many of the wanted groups as divide the channels."""
+    """Group normalisation with as many of the wanted groups as divide the channels and leave four to a group.
+
+    With one channel to a group, adding a number to a whole channel changes nothing: the block would not see the time.
+    """
 
     def __init__(self, config: UNetConfig, channels: int):
-        super().__init__(math.gcd(config.norm_groups, channels), channels, eps=config.norm_eps)
+        most = min(config.norm_groups, max(channels // 4, 1))
+        groups = next(n for n in range(most, 0, -1) if channels % n == 0)
+        super().__init__(groups, channels, eps=config.norm_eps)
 
     def silu(self, x: Tensor) -> Tensor:
         """SiLU of the normalised x."""
@@ -202,7 +226,7 @@ class _Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Row by row: an output pixel of even index sees (w0, w1 + w2) of two input rows, one of odd index (w0 + w1, w2).
+        # An output pixel of even index sees two input rows with weights (w0, w1 + w2), one of odd index (w0 + w1, w2).
         weight = self.conv.weight
         a, b, c = weight.unbind(2)
         a, b, c = torch.stack([c, b + c, a + b, a], 2).unbind(3)
@@ -288,7 +312,8 @@ class UNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for layer in self._last_layers():
             near_zero_(layer)
 
@@ -301,15 +326,21 @@ class UNet(nn.Module):
                 yield module.to_out[0]
         yield self.conv_out
 
+    @staticmethod
+    def _levels(blocks: nn.ModuleList) -> Iterator[_Level]:
+        for level in blocks:
+            assert isinstance(level, _Level)
+            yield level
+
     def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W), label (B,) on the scale 0..1000, condition (B,) classes or None -> (B, C, H, W)."""
+        """From x (B, C, H, W), label (B,) on the scale 0..1000, condition (B,) classes or None, to (B, C, H, W)."""
         embedding = self.time_embedding(sinusoids(label, self.channels).to(x.dtype))
         if self.class_embedding is not None and condition is not None:
             embedding = embedding + self.class_embedding(condition)
         embedding = F.silu(embedding)  # every block applies SiLU to the same embedding: once is enough
         x = self.conv_in(F.pixel_unshuffle(x, self.config.patch))
         skips = [x]
-        for level in self.down_blocks:
+        for level in self._levels(self.down_blocks):
             for index in range(len(level.resnets)):
                 x = level.layer(index, x, embedding)
                 skips.append(x)
@@ -318,7 +349,7 @@ class UNet(nn.Module):
                 skips.append(x)
         x = self.mid_block.layer(0, x, embedding)
         x = self.mid_block.resnets[1](x, embedding)
-        for level in self.up_blocks:
+        for level in self._levels(self.up_blocks):
             for index in range(len(level.resnets)):
                 x = level.layer(index, torch.cat([x, skips.pop()], 1), embedding)
             for upsample in level.upsamplers:

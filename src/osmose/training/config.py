@@ -29,7 +29,9 @@ class TrainingConfig(Config):
     clip_grad: float | None = Field(1.0, gt=0, description="largest gradient norm; null for none")
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights, bias-corrected; 0 for none")
     flip: bool = Field(False, description="mirror images left to right at random; never for digits or letters")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto is bf16 where the device computes in it")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto is bf16 where the device computes in it"
+    )
     compile: bool = Field(False, description="torch.compile the network")
     channels_last: bool | None = Field(None, description="memory layout of images; null chooses by device")
     validate_every: int = Field(250, ge=1, description="steps between losses on held-out data")

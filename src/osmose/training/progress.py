@@ -30,8 +30,14 @@ class Progress:
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
-                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True),
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
             )
             self._task = self._bar.add_task("training", total=self.steps, completed=self.first, status="")
             self._bar.start()
@@ -84,5 +90,7 @@ def _tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("training.tensorboard: needs TensorBoard; install it with: pip install 'osmose[tensorboard]'") from None
+        raise UserError(
+            "training.tensorboard: needs TensorBoard; install it with: pip install 'osmose[tensorboard]'"
+        ) from None
     return SummaryWriter(str(folder / "tensorboard"))

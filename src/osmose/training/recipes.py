@@ -33,7 +33,9 @@ def recipe(method: str, data: DataConfig, dataset: Dataset, seed: int, changes: 
     """
     sample = dataset.spec.encode(dataset.train[:: max(1, len(dataset.train) // 2000)])
     values = {"kind": method, **METHODS.resolve(method).recipe(dataset.spec, float(sample.square().mean().sqrt()))}
-    training = {name.removeprefix("training."): value for name, value in changes.items() if name.startswith("training.")}
+    training = {
+        name.removeprefix("training."): value for name, value in changes.items() if name.startswith("training.")
+    }
     ours = {name: value for name, value in changes.items() if not name.startswith("training.")}
     return RunConfig.parse(
         {

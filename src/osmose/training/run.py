@@ -1,11 +1,11 @@
 """A run folder: what a model is, its weights, what happened while it was trained. Safe to share, no pickle.
 
-    config.json         the RunConfig
-    model.safetensors   weights to sample with (the averaged ones)
-    metrics.jsonl       one JSON object a line: training, validation
-    samples/            preview grids
-    checkpoints/        everything that is needed to continue bit for bit
-    evaluation.json     scores, once `evaluate` has been run
+config.json         the RunConfig
+model.safetensors   weights to sample with (the averaged ones)
+metrics.jsonl       one JSON object a line: training, validation
+samples/            preview grids
+checkpoints/        everything that is needed to continue bit for bit
+evaluation.json     scores, once `evaluate` has been run
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def load_weights(model: torch.nn.Module, state: dict[str, Tensor], source: Path)
             raise UserError(f"{source}: has no tensor {name!r}; these weights are not of this run's network")
         if state[name].shape != value.shape:
             raise UserError(
-                f"{source}: {name!r} has shape {tuple(state[name].shape)}, but this run's network has {tuple(value.shape)}"
+                f"{source}: {name!r} is {tuple(state[name].shape)}, but this run's network wants {tuple(value.shape)}"
             )
         if not bool(torch.isfinite(state[name]).all()):
             raise UserError(f"{source}: {name!r} holds NaN or infinity")

@@ -28,7 +28,7 @@ from osmose.training.run import Run
 _VALIDATION = -1
 
 
-class Diverged(RuntimeError):
+class DivergedError(RuntimeError):
     """The loss or its gradient is no longer a number."""
 
 
@@ -86,7 +86,7 @@ class Trainer:
         """Train to the last step; return False when a signal asked to stop before (the state is then saved).
 
         Raises:
-            Diverged: the gradient is not finite; the last good checkpoint is named.
+            DivergedError: the gradient is not finite; the last good checkpoint is named.
         """
         window = Window()
         if self.is_main:
@@ -202,7 +202,7 @@ class Trainer:
     def _diverged(self, t: Tensor | None) -> None:
         saved = self.checkpoints.all()
         times = "" if t is None else f" (last batch: t from {t.min():.3f} to {t.max():.3f}, median {t.median():.3f})"
-        raise Diverged(
+        raise DivergedError(
             f"the loss is no longer finite at step {self.step + 1}{times}; last good checkpoint: "
             f"{saved[-1] if saved else 'none yet'}; a lower training.lr or a smaller training.clip_grad usually helps"
         )
@@ -253,7 +253,7 @@ def stopping_on_signal() -> Iterator[list[int]]:
         signal.signal(number, previous[number])
 
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (int(signal.SIGTERM), int(signal.SIGINT)):
             with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
                 previous[number] = signal.signal(number, note)
         yield received
@@ -273,6 +273,4 @@ def _precision(wanted: str) -> str:
 def computes_in_bf16() -> bool:
     """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); emulated it is far slower than float32."""
     cpu: Any = torch.cpu
-    return any(
-        getattr(cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
+    return any(getattr(cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))

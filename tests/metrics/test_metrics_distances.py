@@ -153,6 +153,12 @@ def test_energy_distance_agrees_with_scipy_in_one_dimension():
     assert n != m
 
 
+def test_a_set_given_twice_is_treated_like_two_sets():
+    x = normal(30, 2)
+    expected = -2 * float(torch.cdist(x, x).sum()) * (1 / (30 * 29) - 1 / 30**2)
+    assert energy_distance(x, x).value == pytest.approx(expected, rel=1e-9)
+
+
 def test_blocks_do_not_change_values(monkeypatch):
     x, y = normal(50, 4), normal(70, 4, 1) + 1
     whole = energy_distance(x, y), mmd(x, y), precision_recall(x, y), nearest_distances(x, y)

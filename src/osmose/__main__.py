@@ -1,0 +1,5 @@
+"""`python -m osmose`."""
+
+from osmose.cli.main import main
+
+main()

@@ -1,0 +1,71 @@
+"""Arrays of samples that never have to fit in memory: an .npz written batch by batch."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from osmose.data.dataset import DataSpec
+from osmose.errors import UserError
+from osmose.methods.base import Samples
+from osmose.training import files
+
+
+def write_stream(path: Path, parts: Iterator[Samples], count: int, spec: DataSpec) -> tuple[int, float]:
+    """Write samples as the array `samples` (and their classes as `labels`) of an .npz.
+
+    Returns:
+        Network evaluations per sample, and seconds of sampling.
+
+    Raises:
+        UserError: not enough space on the disk; nothing is left behind.
+    """
+    whole = spec.range is not None and spec.levels is not None and spec.range[0] >= 0 and spec.range[1] <= 255
+    dtype = np.dtype(np.uint8 if whole and float(spec.range[1] - spec.range[0]).is_integer() else np.float32)  # type: ignore[index]
+    needed = count * spec.dimension * dtype.itemsize
+    where = path.parent
+    while not where.exists():
+        where = where.parent
+    free = shutil.disk_usage(where).free
+    if needed > free:
+        raise UserError(
+            f"--out: {count} samples need {needed / 2**30:.1f} GiB, but {where} has {free / 2**30:.1f} GiB left"
+        )
+    nfe, seconds, labels = 0, 0.0, []
+    with files.replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("samples.npy", "w", force_zip64=True) as member:
+            header = {"descr": dtype.str, "fortran_order": False, "shape": (count, *spec.shape)}
+            np.lib.format.write_array_header_2_0(member, header)
+            for part in parts:
+                member.write(part.data.numpy().astype(dtype).tobytes())
+                nfe, seconds = part.nfe, seconds + part.seconds
+                if part.condition is not None:
+                    labels.append(part.condition.numpy())
+        if labels:
+            with archive.open("labels.npy", "w") as member:
+                np.lib.format.write_array(member, np.concatenate(labels))
+    return nfe, seconds
+
+
+def read_samples(path: Path) -> np.ndarray:
+    """The array `samples` of an .npz, or its only array.
+
+    Raises:
+        UserError: missing, not an .npz, or with several arrays of which none is called `samples`.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = archive.files
+            if "samples" not in names and len(names) != 1:
+                raise UserError(f"{path}: holds {', '.join(names)}; the samples should be called 'samples'")
+            return np.asarray(archive["samples" if "samples" in names else names[0]])
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, zipfile.BadZipFile, OSError, EOFError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not a readable .npz ({error})") from None

@@ -1,0 +1,145 @@
+"""What every command shares: reading its arguments, answering."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import tyro
+
+from osmose.configuration import read_override
+from osmose.errors import UserError
+
+
+@dataclass
+class Result:
+    """The answer of a command.
+
+    Attributes:
+        values: plain JSON values: all that `--json` prints.
+        lines: text, or rich tables, for people.
+        next: a command worth trying next.
+        status: exit status, 0 when all went well.
+    """
+
+    values: dict[str, Any]
+    lines: list[Any] = field(default_factory=list)
+    next: str | None = None
+    status: int = 0
+
+    def show(self) -> None:
+        """Print for people."""
+        from rich.console import Console
+
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+        for line in [*self.lines, *([f"next: {self.next}"] if self.next else [])]:
+            if isinstance(line, str):
+                console.print(line, markup=False, soft_wrap=True)
+            else:
+                console.print(line)
+
+
+class Command(Protocol):
+    """A dataclass whose fields are the command's arguments."""
+
+    json: bool
+
+    def run(self) -> Result:
+        """Do it."""
+
+
+C = TypeVar("C")
+_OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
+
+
+def parse(cls: type[C], verb: str, arguments: list[str]) -> C:
+    """Read a command's arguments.
+
+    Words of the form `path.to.field=value` may stand anywhere; they become the command's `overrides`.
+
+    Raises:
+        UserError: one line about the first thing that is wrong.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    overrides: dict[str, Any] = {}
+    if "overrides" in fields:
+        arguments, overrides = _split(
+            arguments, {f"--{n.replace('_', '-')}" for n, f in fields.items() if f.type == "bool"}
+        )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config = (tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed)
+            command = tyro.cli(cls, prog=f"osmose {verb}", args=arguments, config=config)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_one_line(said.getvalue(), verb)) from None
+    sys.stderr.write(said.getvalue())
+    if "overrides" in fields:
+        command.overrides = overrides  # type: ignore[attr-defined]
+    return command
+
+
+def _split(words: list[str], flags: set[str]) -> tuple[list[str], dict[str, Any]]:
+    kept: list[str] = []
+    overrides: dict[str, Any] = {}
+    for word in words:
+        is_value = bool(kept) and kept[-1].startswith("-") and kept[-1] not in flags and "=" not in kept[-1]
+        if not is_value and _OVERRIDE.match(word):
+            path, value = read_override(word)
+            overrides[path] = value
+        else:
+            kept.append(word)
+    return kept, overrides
+
+
+def _one_line(text: str, verb: str) -> str:
+    plain = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
+    words = " ".join(line for line in plain if line)
+    value = re.search(r"Error parsing (--[\w-]+|\w+):.*?instantiated from \[(.*?)\]", words)
+    if value:
+        kind = re.search(r"no type matching (\S+)", words)
+        wanted = (kind.group(1) if kind else "another type").replace("{None}|", "")
+        wanted = {"INT": "a whole number", "FLOAT": "a number"}.get(wanted, wanted)
+        return f"{value.group(1)}: {value.group(2)} is not valid: should be {wanted}"
+    value = re.search(r"Error parsing (--[\w-]+|\w+): (.*?)(?: Argument helptext|\. For full helptext|$)", words)
+    if value:
+        return f"{value.group(1)}: {value.group(2)}"
+    unknown = re.search(
+        r"Unrecognized options: (.*?)(?: Perhaps you meant:? *(?:\(.*?\) *)?(--[\w-]+)| For full| Similar|$)", words
+    )
+    if unknown:
+        guess = f"did you mean {unknown.group(2)}?" if unknown.group(2) else f"see osmose {verb} --help"
+        return f"unknown argument {unknown.group(1).split(',')[0].strip()}; {guess}"
+    return f"{words.split(' For full helptext')[0]}; see osmose {verb} --help"
+
+
+@contextlib.contextmanager
+def quiet_warnings() -> Iterator[None]:
+    """Print warnings as one line each, without the place in the source."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"osmose: note: {message}", file=sys.stderr)
+        yield
+
+
+@contextlib.contextmanager
+def sampling_bar(label: str, show: bool) -> Iterator[Any]:
+    """A progress bar for sampling; yields the callback that moves it, or None where nothing is to be shown."""
+    if not show or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn(label), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, of: bar.update(task, completed=done, total=of)

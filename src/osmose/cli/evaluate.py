@@ -1,0 +1,148 @@
+"""`osmose evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, Suppress, arg
+
+from osmose.cli.command import Result, quiet_warnings, sampling_bar
+from osmose.errors import UserError
+
+
+@dataclass
+class Evaluate:
+    """Score a run's samples against real data, and add the scores to the run's evaluation.json.
+
+    Beside every score stands what real data reach: the same metric between two disjoint sets of real items of the same
+    size. A score at that floor cannot be told from real data by this metric with this many samples.
+
+    `fid` is computed only with the Inception weights of 2015 (--inception-weights); otherwise images are compared by
+    the features of a small classifier of the same data (`fd_clf`), which is comparable only with itself.
+    """
+
+    model: Annotated[Positional[Path | None], arg(metavar="RUN", help="a run folder; or none with --samples")] = None
+    steps: Annotated[
+        str | None, arg(metavar="N,N,...", help="numbers of solver steps to score, for example 4,20,100")
+    ] = None
+    num: Annotated[int | None, arg(aliases=["-n"], help="samples; 2000 if not given, or half the training data")] = None
+    solver: Annotated[str | None, arg(help="ancestral, ddim, heun or dpmpp-2m")] = None
+    metrics: Annotated[str | None, arg(metavar="NAME,...", help="only these")] = None
+    reference: Annotated[str, arg(help="real data to compare with: train (as papers do) or held-out")] = "train"
+    inception_weights: Annotated[Path | None, arg(help="pt_inception-2015-12-05-6726825d.pth, for fid, kid and is")] = (
+        None
+    )
+    samples: Annotated[Path | None, arg(help="score the array `samples` of an .npz instead of a run")] = None
+    data: Annotated[str | None, arg(help="the real data of --samples")] = None
+    data_root: Annotated[Path | None, arg(help="where the data lie, if not where the run found them")] = None
+    seed: Annotated[int, arg(help="of the samples and of the metrics")] = 0
+    batch_size: Annotated[int | None, arg(help="samples computed together")] = None
+    device: Annotated[str, arg(help="cpu, cuda or mps; auto takes the fastest there is")] = "auto"
+    threads: Annotated[int | None, arg(help="CPU threads; all cores if not given")] = None
+    quiet: Annotated[bool, arg(help="no progress")] = False
+    json: Annotated[bool, arg(help="print the result as JSON")] = False
+    overrides: Suppress[dict[str, Any]] = field(default_factory=dict)
+
+    def run(self) -> Result:
+        """Sample, score, record."""
+        if self.reference not in ("train", "held-out"):
+            raise UserError(f"--reference: {self.reference!r} is not valid: should be train or held-out")
+        if (self.model is None) == (self.samples is None):
+            raise UserError("RUN: give a run folder, or --samples FILE.npz with --data")
+        import torch
+
+        from osmose.metrics.features import FeatureNetwork
+        from osmose.metrics.inception import load_inception
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        features: FeatureNetwork | str = "default"
+        if self.inception_weights is not None:
+            features = load_inception(self.inception_weights)
+        names = self.metrics.split(",") if self.metrics else None
+        with quiet_warnings():
+            return self._file(features, names) if self.model is None else self._run(self.model, features, names)
+
+    def _run(self, folder: Path, features: Any, names: list[str] | None) -> Result:
+        from osmose.cli.devices import device
+        from osmose.metrics.evaluate import table
+        from osmose.metrics.evaluation import evaluate_run, record
+        from osmose.training.run import Run
+
+        run = Run.open(folder)
+        model = run.model(device(self.device))
+        steps = _numbers(self.steps) if self.steps else [None]
+        for number in steps:
+            model.sampling(num_steps=number, solver=self.solver, **self.overrides)
+        data = run.config.data.replace(root=str(self.data_root)) if self.data_root else run.config.data
+        dataset = data.load()
+        if dataset.identity != run.config.identity:
+            raise UserError(f"data: {data.source!r} is not the data this run was trained on (its hash differs)")
+        lines: list[Any] = []
+        values = []
+        for number in steps:
+            with sampling_bar(f"sampling {folder}", not (self.quiet or self.json)) as on_step:
+                evaluation, _ = evaluate_run(
+                    run,
+                    dataset,
+                    n=self.num,
+                    seed=self.seed,
+                    metrics=names,
+                    features=features,
+                    reference=self.reference,
+                    batch_size=self.batch_size,
+                    on_step=on_step,
+                    model=model,
+                    num_steps=number,
+                    solver=self.solver,
+                    **self.overrides,
+                )
+            record(run, evaluation)
+            values.append(evaluation.to_json())
+            sampling = evaluation.sampling
+            lines.append(
+                table(
+                    evaluation.scores,
+                    f"{folder}: {sampling['num_steps']} steps, {evaluation.nfe} network evaluations, "
+                    f"{evaluation.items_per_second:.1f} samples/s, {evaluation.peak_memory_mib:.0f} MiB",
+                )
+            )
+        lines.append(f"wrote {run.folder / 'evaluation.json'}")
+        return Result(
+            {"run": str(folder), "evaluations": values}, lines, f"osmose compare {folder} OTHER --out comparison"
+        )
+
+    def _file(self, features: Any, names: list[str] | None) -> Result:
+        import torch
+
+        from osmose.cli.arrays import read_samples
+        from osmose.data.dataset import DataConfig
+        from osmose.metrics.evaluate import score_samples, table
+
+        if self.data is None or self.samples is None:
+            raise UserError("--data: required with --samples: the real data to compare with")
+        root = {"root": str(self.data_root)} if self.data_root else {}
+        dataset = DataConfig.parse({"source": self.data, **root}).load()
+        samples = torch.from_numpy(read_samples(self.samples)).float()
+        scores = score_samples(
+            samples,
+            dataset,
+            reference="train" if self.reference == "train" else "held-out",
+            features=features,
+            seed=self.seed,
+            metrics=names,
+        )
+        values = {"samples": str(self.samples), "scores": [score.to_json() for score in scores]}
+        return Result(values, [table(scores, f"{self.samples} against {self.data}")])
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"--steps: {text!r} is not valid: should be whole numbers, as in 4,20,100") from None
+    if min(numbers) < 1:
+        raise UserError(f"--steps: {min(numbers)} is not valid: must be at least 1")
+    return numbers

@@ -1,0 +1,75 @@
+"""Dispatch: find the command, run it, print what it wrote and what to try next."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from typing import Any
+
+from osmose.cli import COMMANDS
+from osmose.errors import UserError, nearest
+
+_USAGE = """usage: osmose COMMAND ...
+
+Diffusion models on the hardware you have: train, sample, score, compare.
+
+{commands}
+
+Start with:
+  osmose train ddpm --data digits --out runs/digits
+  osmose sample runs/digits -n 64 --out digits.png
+  osmose COMMAND --help
+"""
+
+
+def usage() -> str:
+    """The page that `osmose --help` prints."""
+    width = max(map(len, COMMANDS))
+    return _USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Exits with status 2 and one line for input that is refused, 1 when training diverged, 130 when interrupted.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return
+    if words[0] in ("-V", "--version"):
+        from osmose import __version__
+
+        print(f"osmose {__version__}")
+        return
+    try:
+        if words[0] not in COMMANDS:
+            raise UserError(f"unknown command {words[0]!r}; {nearest(words[0], COMMANDS)}")
+        from osmose.cli.command import parse
+
+        module, _, name = COMMANDS[words[0]][0].partition(":")
+        command = parse(getattr(importlib.import_module(module), name), words[0], words[1:])
+        _show(command.run(), command.json)
+    except UserError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _show(result: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result.values, allow_nan=False))
+    else:
+        result.show()
+    if result.status:
+        sys.exit(result.status)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"osmose: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,81 @@
+"""`osmose sample`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, Suppress, arg
+
+from osmose.cli.command import Result, quiet_warnings, sampling_bar
+from osmose.errors import UserError
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+#: A picture of more samples than this helps nobody and may not fit in memory.
+_MOST_IN_PICTURE = 10_000
+
+
+@dataclass
+class Sample:
+    """Draw samples from a run.
+
+    A picture (.png, .jpg, .webp) shows a grid of images or a scatter of points; an .npz holds the array `samples` in
+    the data's own units (8-bit images as uint8) and is written batch by batch, however many samples are asked for.
+    Further options of the method are set by name: spacing=karras clip=false solver.eta=0.5.
+    """
+
+    model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder")]
+    num: Annotated[int, arg(aliases=["-n"], help="how many samples")] = 64
+    out: Annotated[Path, arg(help="where to write: .png, .jpg, .webp or .npz")] = Path("samples.png")
+    steps: Annotated[int | None, arg(help="solver steps; the method's own number if not given")] = None
+    solver: Annotated[str | None, arg(help="ancestral, ddim, heun or dpmpp-2m")] = None
+    label: Annotated[
+        int | None, arg(help="class of all samples (conditional models); all classes in turn if not given")
+    ] = None
+    seed: Annotated[int, arg(help="same seed, same samples, whatever the batch size")] = 0
+    batch_size: Annotated[int | None, arg(help="samples computed together")] = None
+    device: Annotated[str, arg(help="cpu, cuda or mps; auto takes the fastest there is")] = "auto"
+    quiet: Annotated[bool, arg(help="no progress")] = False
+    json: Annotated[bool, arg(help="print the result as JSON")] = False
+    overrides: Suppress[dict[str, Any]] = field(default_factory=dict)
+
+    def run(self) -> Result:
+        """Sample and write."""
+        import torch
+
+        from osmose.cli.arrays import write_stream
+        from osmose.cli.devices import device
+        from osmose.data.pictures import picture
+        from osmose.training import files
+        from osmose.training.run import Run
+
+        suffix = self.out.suffix.lower()
+        if suffix not in (*_PICTURES, ".npz"):
+            raise UserError(f"--out: {self.out} is not valid: should end in .npz, {', '.join(_PICTURES)}")
+        if suffix != ".npz" and self.num > _MOST_IN_PICTURE:
+            raise UserError(f"--num: {self.num} samples do not fit in a picture; write them to an .npz")
+        if self.out.is_dir():
+            raise UserError(f"--out: {self.out} is a folder")
+        model = Run.open(self.model).model(device(self.device))
+        options = {"num_steps": self.steps, "solver": self.solver, **self.overrides}
+        model.sampling(**options)  # refuses before anything is created
+        with quiet_warnings(), sampling_bar("sampling", not (self.quiet or self.json)) as on_step:
+            parts = model.stream(
+                self.num, seed=self.seed, condition=self.label, batch_size=self.batch_size, on_step=on_step, **options
+            )
+            if suffix == ".npz":
+                nfe, seconds = write_stream(self.out, parts, self.num, model.spec)
+            else:
+                drawn = list(parts)
+                image = picture(torch.cat([part.data for part in drawn]), model.spec)
+                nfe, seconds = drawn[0].nfe, sum(part.seconds for part in drawn)
+                with files.replacing(self.out) as temporary:
+                    image.save(temporary, format="jpeg" if suffix in (".jpg", ".jpeg") else suffix[1:])
+        values = {"out": str(self.out), "n": self.num, "nfe": nfe, "seconds": round(seconds, 3), "seed": self.seed}
+        rate = f"{self.num / seconds:.1f} samples/s" if seconds else ""
+        return Result(
+            values,
+            [f"wrote {self.out}: {self.num} samples, {nfe} network evaluations each, {seconds:.1f} s ({rate})"],
+            f"osmose evaluate {self.model}",
+        )

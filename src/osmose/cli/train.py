@@ -1,0 +1,162 @@
+"""`osmose train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, Suppress, arg
+
+from osmose.cli.command import Result, quiet_warnings
+from osmose.configuration import ConfigError, override
+from osmose.data import SOURCES
+from osmose.errors import UserError
+from osmose.methods import METHODS
+
+_SAID = {
+    "steps": "training.steps",
+    "batch_size": "training.batch_size",
+    "lr": "training.lr",
+    "precision": "training.precision",
+    "compile": "training.compile",
+    "tensorboard": "training.tensorboard",
+    "network": "network.kind",
+    "schedule": "schedule.kind",
+    "conditional": "conditional",
+}
+
+
+@dataclass
+class Train:
+    """Train a model on data and leave it in a run folder.
+
+    Everything has a default that suits the data. What has no flag of its own is set by its dotted name anywhere on the
+    line: network.channels=64 schedule.num_steps=500 training.ema=0.9995 sampling.solver=heun. A wrong name is answered
+    with the nearest right one; `osmose info RUN` prints them all.
+    """
+
+    method: Annotated[Positional[str | None], arg(metavar="METHOD", help=f"one of: {', '.join(METHODS.entries)}")] = (
+        None
+    )
+    data: Annotated[
+        str | None,
+        arg(
+            metavar="DATA",
+            help=f"one of: {', '.join(SOURCES.entries)}; some take an argument: folder:photos, toy:swiss-roll",
+        ),
+    ] = None
+    data_root: Annotated[
+        Path | None, arg(help="folder that holds mnist/, fashion-mnist/ or cifar10/ ($OSMOSE_DATA_ROOT)")
+    ] = None
+    size: Annotated[int | None, arg(help="side that images of folder: and hub: are brought to")] = None
+    channels: Annotated[int | None, arg(help="1 for grey, 3 for colour (folder: and hub:)")] = None
+    skip_bad: Annotated[bool, arg(help="leave out images that cannot be read")] = False
+    out: Annotated[Path | None, arg(metavar="RUN", help="the run folder to make; required")] = None
+    resume: Annotated[bool, arg(help="continue the run in --out with its own settings")] = False
+    steps: Annotated[int | None, arg(help="optimisation steps")] = None
+    batch_size: Annotated[int | None, arg(help="items per step")] = None
+    lr: Annotated[float | None, arg(help="learning rate after warm-up")] = None
+    network: Annotated[str | None, arg(help="unet or mlp")] = None
+    schedule: Annotated[str | None, arg(help="linear, cosine, ve, trig or straight")] = None
+    precision: Annotated[str | None, arg(help="auto, fp32 or bf16")] = None
+    conditional: Annotated[bool, arg(help="tell the network the class of each item")] = False
+    compile: Annotated[bool, arg(help="torch.compile the network")] = False
+    tensorboard: Annotated[bool, arg(help="also write TensorBoard events")] = False
+    threads: Annotated[int | None, arg(help="CPU threads; all cores if not given")] = None
+    seed: Annotated[int, arg(help="of everything random")] = 0
+    quiet: Annotated[bool, arg(help="no progress")] = False
+    json: Annotated[bool, arg(help="print the result as JSON")] = False
+    overrides: Suppress[dict[str, Any]] = field(default_factory=dict)
+
+    def run(self) -> Result:
+        """Check everything, then train."""
+        if self.out is None:
+            raise UserError("--out: required: the run folder to make")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"--threads: {self.threads} is not valid: must be at least 1")
+        return self._resume(self.out) if self.resume else self._start(self.out)
+
+    def _changes(self) -> dict[str, Any]:
+        said = {path: getattr(self, name) for name, path in _SAID.items() if getattr(self, name) not in (None, False)}
+        return said | self.overrides
+
+    def _start(self, out: Path) -> Result:
+        if self.method is None:
+            raise UserError(f"METHOD: required: one of {', '.join(METHODS.entries)}")
+        METHODS.resolve(self.method)
+        if self.data is None:
+            raise UserError(f"--data: required: one of {', '.join(SOURCES.entries)}")
+        from osmose.data.dataset import DataConfig
+        from osmose.training.recipes import checked, recipe
+        from osmose.training.run import Run
+
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"--out: {out} exists already; choose another folder, or --resume to continue a run")
+        given = {"source": self.data, "root": self.data_root, "size": self.size, "channels": self.channels}
+        data = DataConfig.parse(
+            {
+                **{k: v for k, v in given.items() if v is not None},
+                "skip_bad": self.skip_bad,
+                **{k.removeprefix("data."): v for k, v in self.overrides.items() if k.startswith("data.")},
+            }
+        )
+        with quiet_warnings():
+            dataset = data.load()
+        changes = {k: v for k, v in self._changes().items() if not k.startswith("data.")}
+        try:
+            config = checked(recipe(self.method, data, dataset, self.seed, changes))
+        except ConfigError as error:  # what the file calls method.network is network on the command line
+            raise UserError(str(error).removeprefix("method.")) from None
+        return self._train(Run.create(out, config), dataset)
+
+    def _resume(self, out: Path) -> Result:
+        from osmose.training.run import Run
+
+        run = Run.open(out)
+        changes = {
+            (k if k.startswith(("training.", "data.")) else f"method.{k}"): v for k, v in self._changes().items()
+        }
+        if self.method is not None:
+            changes["method.kind"] = self.method
+        if self.data is not None:
+            changes["data.source"] = self.data
+        if self.data_root is not None:
+            changes["data.root"] = str(self.data_root)
+        stored = run.config.to_json()
+        wanted = type(run.config).parse(override(stored, changes)).to_json()
+        for name in sorted(changes):
+            before, after = _at(stored, name), _at(wanted, name)
+            if before != after and name != "data.root":
+                raise UserError(f"{name}: {after!r} given, but {out} was started with {before!r}; resume without it")
+        with quiet_warnings():
+            dataset = type(run.config.data).parse(wanted["data"]).load()
+        return self._train(run, dataset)
+
+    def _train(self, run: Any, dataset: Any) -> Result:
+        import torch
+
+        from osmose.training.progress import Progress
+        from osmose.training.trainer import DivergedError, Trainer
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        trainer = Trainer(run, dataset, progress=Progress(show=not (self.quiet or self.json)))
+        again = f"osmose train --out {run.folder} --resume"
+        try:
+            finished = trainer.fit()
+        except DivergedError as error:
+            return Result({"run": str(run.folder), "error": str(error)}, [f"osmose: {error}"], status=1)
+        last: dict[str, Any] = next((line for line in reversed(run.metrics()) if "validation_loss" in line), {})
+        values = {"run": str(run.folder), "step": trainer.step, "finished": finished, **last}
+        if not finished:
+            return Result(values, [f"stopped at step {trainer.step}; everything is saved"], again, status=130)
+        loss = f"held-out loss {last['validation_loss']:.4f}" if last else ""
+        wrote = [f"wrote {run.folder}: {len(dataset.train)} items, {trainer.step} steps, {loss}"]
+        return Result(values, wrote, f"osmose sample {run.folder} -n 64 --out samples.png")
+
+
+def _at(values: Any, path: str) -> Any:
+    for part in path.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
