@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -24,7 +25,7 @@ def round_half_even(x: float) -> int:
 
 
 DEFINITIONS = {
-    "even": lambda T, K: [round_half_even(1 + i * (T - 1) / (K - 1)) for i in range(K)],
+    "even": lambda T, K: [1 + round_half_even(i * (T - 1) / (K - 1)) for i in range(K)],
     "leading": lambda T, K: [i * (T // K) + 1 for i in range(K)],
     "trailing": lambda T, K: [round_half_even(T - i * T / K) for i in reversed(range(K))],
     "quadratic": lambda T, K: [int((i * math.sqrt(0.8 * T) / (K - 1)) ** 2 + 1e-9) + 1 for i in range(K)],
@@ -101,7 +102,7 @@ def test_every_grid_descends_to_clean_data(schedule, spacing, num_steps):
         with pytest.raises(UserError, match=f"spacing: '{spacing}' needs a schedule with discrete steps"):
             TimeGrid.of(schedule, num_steps, spacing)
         return
-    if schedule.native_steps == 37 and spacing == "quadratic" and num_steps == 20:
+    if schedule.native_steps == 37 and spacing == "quadratic" and num_steps >= 10:
         with pytest.raises(UserError, match="different steps"):
             TimeGrid.of(schedule, num_steps, spacing)
         return
@@ -111,9 +112,9 @@ def test_every_grid_descends_to_clean_data(schedule, spacing, num_steps):
     assert all(isinstance(value, float) for level in grid.levels for value in level)
     assert all(level.sigma > 0 for level in grid.levels[:-1])
     times = [level.t for level in grid.levels[:-1]]
-    assert all(a > b for a, b in zip(times, times[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(times))
     ratios = [level.sigma / level.alpha if level.alpha else math.inf for level in grid.levels]
-    assert all(a > b for a, b in zip(ratios, ratios[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(ratios))
     assert list(grid.steps()) == [(grid.levels[i], grid.levels[i + 1]) for i in range(num_steps)]
 
 

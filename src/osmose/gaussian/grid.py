@@ -6,7 +6,7 @@ but the last.
 Spacings (T is the length of a discrete schedule, S the 1-based steps kept):
 
 =========== ========================================================================================================
-even        discrete: round(linspace(1, T, K)), improved DDPM's. Continuous: uniform in t.
+even        discrete: 1 + round(linspace(0, T - 1, K)), improved DDPM's. Continuous: uniform in t.
 leading     1 + i (T // K), DDIM's uniform stride: contains the first step, not the last.
 trailing    round(T - i T / K), contains the last step.
 quadratic   1 + floor(linspace(0, sqrt(0.8 T), K)^2), DDIM's quadratic grid: starts near 0.8 T.
@@ -96,7 +96,7 @@ def strided(total: int, num_steps: int, spacing: Spacing) -> list[int]:
     if num_steps == 1:
         steps = torch.tensor([float(total)])
     elif spacing == "even":
-        steps = torch.linspace(1, total, num_steps, dtype=torch.float64).round()
+        steps = 1 + torch.linspace(0, total - 1, num_steps, dtype=torch.float64).round()
     elif spacing == "leading":
         steps = 1 + i * (total // num_steps)
     elif spacing == "trailing":

@@ -55,11 +55,10 @@ class MixtureDenoiser:
         """p(component | x_t), shape (B, K)."""
         alpha, sigma = column(level.alpha, x_t), column(level.sigma, x_t)
         total = alpha**2 * self.variance + sigma**2
-        distance = (
-            torch.cdist(x_t, alpha * self.centres)
-            if not isinstance(alpha, Tensor)
-            else torch.stack([(x_t - alpha * centre).norm(dim=1) for centre in self.centres], dim=1)
-        )
+        if isinstance(alpha, Tensor):
+            distance = torch.stack([(x_t - alpha * centre).norm(dim=1) for centre in self.centres], dim=1)
+        else:  # by differences: expanding the square loses the digits that small noise needs
+            distance = torch.cdist(x_t, alpha * self.centres, compute_mode="donot_use_mm_for_euclid_dist")
         return torch.softmax(self.log_weights - distance**2 / (2 * total), dim=1)
 
     def __call__(self, x_t: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:  # noqa: ARG002

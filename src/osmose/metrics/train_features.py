@@ -1,7 +1,8 @@
 """The recipe of the shipped classifiers: `python -m osmose.metrics.train_features digits|fashion-mnist --out FILE`.
 
-Fixed seed, one thread, the training part only. The result is reproducible bit by bit on one machine and one version
-of torch; elsewhere the order of float32 sums differs, so the shipped files, not the recipe, are what scores refer to.
+Fixed seed, one thread, the training part only. The tensors are reproducible bit by bit on one machine and one version
+of torch (the file is not: its metadata come in any order); elsewhere the order of float32 sums differs. So the shipped
+files, not the recipe, are what scores refer to.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class Trainer:
         with stopping_on_signal() as stopped, torch.random.fork_rng(), self.progress:
             while self.step < self.config.steps:
                 started = time.perf_counter()
-                grad_norm = self._optimise(window)
+                grad_norm = self.optimise(window)
                 self.step += 1
                 window.seconds += time.perf_counter() - started
                 window.grad_norm = grad_norm
@@ -113,7 +113,7 @@ class Trainer:
                     return False
         return True
 
-    def _optimise(self, window: Window) -> float:
+    def optimise(self, window: Window) -> float:
         """One optimisation step; the norm of its gradient."""
         self.model.train()
         for group in self.optimizer.param_groups:

@@ -1,0 +1,132 @@
+import itertools
+
+import pytest
+import torch
+
+from osmose.gaussian.draws import SampleDraws, StepDraws, mix, seeded
+from osmose.gaussian.noise import WhiteNoise
+
+
+def values(draws):
+    """Draws of every kind, in an order that mixes them."""
+    return [draws.normal((2, 3)), draws.uniform(), draws.stratified(), draws.normal((5,)), draws.uniform()]
+
+
+@pytest.mark.parametrize("cuts", [[0, 12], [0, 1, 12], [0, 5, 6, 12], list(range(13))])
+def test_the_parts_of_a_step_are_the_whole(cuts):
+    whole = values(StepDraws(3, 7, 0, 12, 12))
+    parts = [values(StepDraws(3, 7, a, b, 12)) for a, b in itertools.pairwise(cuts)]
+    for index, value in enumerate(whole):
+        assert torch.equal(torch.cat([part[index] for part in parts]), value)
+
+
+def test_a_step_is_a_function_of_seed_and_step():
+    same = [values(StepDraws(3, 7, 0, 4, 4)) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*same, strict=True))
+    seen = {
+        tuple(StepDraws(seed, step, 0, 4, 4).normal((2,)).flatten().tolist()) for seed in range(5) for step in range(5)
+    }
+    assert len(seen) == 25
+
+
+def test_a_call_draws_anew():
+    draws = StepDraws(0, 0, 0, 3, 3)
+    assert not torch.equal(draws.normal((4,)), draws.normal((4,)))
+    assert not torch.equal(draws.uniform(), draws.uniform())
+    assert not torch.equal(draws.stratified(), draws.stratified())
+
+
+def test_shapes_and_types():
+    for draws in (StepDraws(0, 0, 2, 5, 8), SampleDraws(0, 2, 3)):
+        assert draws.count == 3
+        assert draws.normal((1, 4, 4)).shape == (3, 1, 4, 4)
+        assert draws.normal((2,)).dtype == torch.float32
+        assert draws.normal((2,)).is_contiguous()
+        for value in (draws.uniform(), draws.stratified()):
+            assert value.shape == (3,)
+            assert value.dtype == torch.float64
+            assert bool(((value >= 0) & (value < 1)).all())
+        assert WhiteNoise().sample(draws, (7,)).shape == (3, 7)
+
+
+def test_the_laws():
+    draws = StepDraws(1, 1, 0, 40_000, 40_000)
+    x = draws.normal((2,)).double()
+    assert x.mean().abs() < 0.015
+    assert (x.var() - 1).abs() < 0.03
+    assert (x**4).mean().item() == pytest.approx(3, abs=0.12)
+    assert torch.corrcoef(x.T)[0, 1].abs() < 0.02
+    u = draws.uniform().sort().values
+    assert (u - torch.linspace(0, 1, 40_000, dtype=torch.float64)).abs().max() < 0.01  # Kolmogorov-Smirnov, p = 1e-3
+
+
+def test_stratified_puts_one_value_into_each_stratum():
+    n = 24
+    first = []
+    for step in range(500):
+        u = StepDraws(0, step, 0, n, n).stratified()
+        assert sorted((u * n).floor().tolist()) == list(range(n))
+        first.append(u[0].item())
+    # Any one item still sees the uniform law: its stratum is shuffled and its place in the stratum is random.
+    first = torch.tensor(first, dtype=torch.float64)
+    assert (first.sort().values - torch.linspace(0, 1, 500, dtype=torch.float64)).abs().max() < 0.09
+    inside = (first * n) % 1
+    assert (inside.sort().values - torch.linspace(0, 1, 500, dtype=torch.float64)).abs().max() < 0.09
+
+
+@pytest.mark.parametrize("cuts", [[0, 9], [0, 1, 9], [0, 4, 5, 9], list(range(10))])
+def test_a_sample_does_not_depend_on_its_batch(cuts):
+    def stream(first, count):
+        draws = SampleDraws(5, first, count)
+        return torch.stack([draws.normal((2, 2)) for _ in range(40)], 1)  # more than are drawn ahead at once
+
+    whole = stream(0, 9)
+    parts = torch.cat([stream(a, b - a) for a, b in itertools.pairwise(cuts)])
+    assert torch.equal(parts, whole)
+    # Nothing comes twice: neither within a stream nor across the samples.
+    assert len(set(whole.flatten().tolist())) > 0.999 * whole.numel()
+
+
+def test_a_sample_with_uniform_draws_does_not_depend_on_its_batch_either():
+    whole = values(SampleDraws(5, 0, 6))
+    for first, count in ((0, 2), (2, 3), (5, 1)):
+        part = values(SampleDraws(5, first, count))
+        assert all(torch.equal(a, b[first : first + count]) for a, b in zip(part, whole, strict=True))
+
+
+def test_samples_are_independent_standard_normals():
+    x = torch.stack([draws.normal((8,)) for draws in [SampleDraws(0, 0, 2000)] for _ in range(3)], 1).double()
+    assert x.mean().abs() < 0.015
+    assert (x.var() - 1).abs() < 0.03
+    flat = x.reshape(2000, 24)
+    correlation = torch.corrcoef(flat.T) - torch.eye(24, dtype=torch.float64)
+    assert correlation.abs().max() < 0.11
+    neighbours = (flat[:-1] * flat[1:]).mean()
+    assert neighbours.abs() < 0.02
+
+
+def test_seeds_of_samples_differ_and_training_and_sampling_do_not_share_a_stream():
+    seen = {tuple(SampleDraws(seed, i, 1).normal((2,)).flatten().tolist()) for seed in range(4) for i in range(6)}
+    steps = {tuple(StepDraws(seed, i, 0, 1, 1).normal((2,)).flatten().tolist()) for seed in range(4) for i in range(6)}
+    assert len(seen | steps) == 48
+
+
+def test_mix_spreads_and_separates():
+    seeds = [mix(a, b) for a in range(60) for b in range(60)]
+    assert len(set(seeds)) == 3600
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    # Every bit is set half of the time, and flipping one input changes half of the bits.
+    bits = torch.tensor([[seed >> k & 1 for k in range(63)] for seed in seeds], dtype=torch.float64)
+    assert (bits.mean(0) - 0.5).abs().max() < 0.05
+    assert ((bits[1:] - bits[:-1]).abs().mean(0) - 0.5).abs().max() < 0.05
+    assert mix(1, 23) != mix(12, 3)
+    assert mix("a", 1) != mix("a1")
+    assert mix(0) == mix(0)  # and in every process: Python's own hash would differ
+
+
+def test_mix_is_pinned():
+    # The samples of a seed must not change from one release to the next.
+    pinned = 1170510158946665638
+    assert mix(0, "sample", 0) == pinned
+    drawn = torch.rand(1, generator=seeded(0, "sample", 0))
+    assert torch.equal(drawn, torch.rand(1, generator=torch.Generator().manual_seed(pinned)))

@@ -1,0 +1,135 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from osmose.gaussian import SCHEDULES
+from osmose.gaussian.oracles import GaussianDenoiser, MixtureDenoiser
+from osmose.gaussian.schedule import Level
+
+every_schedule = pytest.mark.parametrize("kind", list(SCHEDULES.entries))
+
+
+def batch_of(level, index):
+    return Level(*(float(value[index]) for value in level))
+
+
+def levels(kind, count=6):
+    return SCHEDULES.parse(kind).level(torch.linspace(0.05, 0.95, count, dtype=torch.float64))
+
+
+@every_schedule
+def test_gaussian_posterior_mean_by_the_textbook(kind):
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    covariance = root @ root.T + 0.1 * torch.eye(3, dtype=torch.float64)
+    mean = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    x = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    level = levels(kind)
+    denoiser = GaussianDenoiser(mean, covariance)
+    got = denoiser(x, level)
+    for i in range(6):
+        at = batch_of(level, i)
+        noise = at.alpha**2 * covariance + at.sigma**2 * torch.eye(3, dtype=torch.float64)
+        want = mean + at.alpha * covariance @ torch.linalg.solve(noise, x[i] - at.alpha * mean)
+        assert torch.allclose(got[i], want, rtol=1e-10, atol=1e-10)
+        assert torch.allclose(denoiser(x[i : i + 1], at)[0], want, rtol=1e-10, atol=1e-10)
+
+
+def test_gaussian_posterior_mean_by_brute_force():
+    # One dimension, the integral over x0 on a fine grid.
+    x0 = torch.linspace(-8, 8, 40_001, dtype=torch.float64)
+    prior = -0.5 * ((x0 - 0.7) / 0.6) ** 2
+    for level in (Level(0.0, 0.9, 0.2), Level(0.0, 0.4, 1.3), Level(0.0, 1.0, 3.0)):
+        for x in (-2.0, 0.1, 1.5):
+            weight = torch.softmax(prior - 0.5 * ((x - level.alpha * x0) / level.sigma) ** 2, 0)
+            one = torch.tensor([0.7], dtype=torch.float64), torch.tensor([0.36], dtype=torch.float64)
+            got = GaussianDenoiser(*one)(torch.tensor([[x]], dtype=torch.float64), level)
+            assert got.item() == pytest.approx(float(weight @ x0), abs=1e-9)
+
+
+@every_schedule
+def test_gaussian_flow_solves_its_ode(kind):
+    # Runge-Kutta on d(x / alpha) / dr = eps, r = sigma / alpha, which does not use the schedule's derivatives.
+    schedule = SCHEDULES.parse(kind)
+    mean, variances = (torch.tensor(v, dtype=torch.float64) for v in ([0.3, -0.5], [0.5, 2.0]))
+    denoiser = GaussianDenoiser(mean, variances)
+    start, end = (batch_of(schedule.level(torch.tensor([t])), 0) for t in (0.6, 0.3))
+    x = torch.tensor([[1.0, -2.0], [0.2, 3.0]], dtype=torch.float64)
+
+    def eps(y, r):
+        # Any level with this ratio will do: E[x0 | x_t] depends on x / alpha and r alone.
+        return (y - denoiser(y, Level(0.0, 1.0, r))) / r
+
+    y, steps = x / start.alpha, 400
+    r = torch.linspace(start.sigma / start.alpha, end.sigma / end.alpha, steps + 1, dtype=torch.float64).tolist()
+    for a, b in itertools.pairwise(r):
+        h = b - a
+        k1 = eps(y, a)
+        k2 = eps(y + h / 2 * k1, a + h / 2)
+        k3 = eps(y + h / 2 * k2, a + h / 2)
+        y = y + h / 6 * (k1 + 2 * k2 + 2 * k3 + eps(y + h * k3, b))
+    assert torch.allclose(denoiser.flow(x, start, end), y * end.alpha, rtol=1e-7, atol=1e-8)
+
+
+@every_schedule
+@pytest.mark.parametrize("std", [0.0, 0.4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_mixture_posterior_mean_by_brute_force(kind, std, dtype):
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(40, 3, generator=generator, dtype=torch.float64)
+    weights = torch.rand(40, generator=generator, dtype=torch.float64)
+    weights = weights / weights.sum()
+    level = levels(kind, 30)
+    picked = centres[torch.arange(30)]
+    noise = torch.randn(30, 3, generator=generator, dtype=torch.float64)
+    x = level.alpha[:, None] * picked + level.sigma[:, None] * noise
+    want = []
+    for i in range(30):
+        at = batch_of(level, i)
+        variance = at.alpha**2 * std**2 + at.sigma**2
+        log = weights.log() - ((x[i] - at.alpha * centres) ** 2).sum(1) / (2 * variance)
+        posterior = (log - log.logsumexp(0)).exp()
+        means = centres + at.alpha * std**2 / variance * (x[i] - at.alpha * centres)
+        want.append(posterior @ means)
+    want = torch.stack(want)
+    denoiser = MixtureDenoiser(centres.to(dtype), std, weights.to(dtype))
+    tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-3}
+    assert torch.allclose(denoiser(x.to(dtype), level).double(), want, **tolerance)
+    for i in (0, 15, 29):
+        one = denoiser(x.to(dtype), batch_of(level, i))[i]
+        assert torch.allclose(one.double(), want[i], **tolerance)
+
+
+def test_ideal_denoiser_of_a_data_set_is_exact_in_float32():
+    # Far from the origin |x|^2 is large and the distances small: they must not be found by expanding the square.
+    generator = torch.Generator().manual_seed(0)
+    data = 0.9 + 0.001 * torch.randn(60, 300, generator=generator)
+    level = Level(0.0, 1.0, 0.01)
+    x = data[:50] + 0.01 * torch.randn(50, 300, generator=generator)
+    assert torch.allclose(
+        MixtureDenoiser(data).responsibilities(x, level).double(),
+        MixtureDenoiser(data.double()).responsibilities(x.double(), level),
+        atol=2e-4,
+    )
+
+
+def test_mixture_weights_and_limits():
+    centres = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+    loud = Level(1.0, 1e-6, 1.0)
+    x = torch.zeros(1, 1, dtype=torch.float64)
+    assert MixtureDenoiser(centres)(x, loud).item() == pytest.approx(0, abs=1e-9)
+    weighted = MixtureDenoiser(centres, weights=torch.tensor([0.25, 0.75], dtype=torch.float64))
+    assert weighted(x, loud).item() == pytest.approx(0.5, abs=1e-5)
+    level = Level(0.5, 0.8, 0.6)
+    x = torch.tensor([[0.3]], dtype=torch.float64)
+    assert MixtureDenoiser(centres)(x, level).item() == pytest.approx(math.tanh(0.8 * 0.3 / 0.36), rel=1e-12)
+
+
+def test_a_mixture_of_one_is_a_gaussian():
+    mean = torch.tensor([0.5, -1.0], dtype=torch.float64)
+    x = torch.randn(5, 2, dtype=torch.float64)
+    for level in (Level(0.5, 0.8, 0.6), Level(0.5, 1.0, 4.0)):
+        gaussian = GaussianDenoiser(mean, torch.full((2,), 0.09, dtype=torch.float64))
+        assert torch.allclose(MixtureDenoiser(mean[None], 0.3)(x, level), gaussian(x, level), rtol=1e-12)
