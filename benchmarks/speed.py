@@ -281,6 +281,13 @@ def side_by_side(case: str, precision: str, rounds: int) -> dict[str, Any]:
     return result
 
 
+def processor() -> str:
+    """The processor's own name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+
+
 def macs(case: str) -> float:
     return Osmose(CASES[case], "fp32").forward_macs()
 
@@ -341,7 +348,7 @@ def main() -> None:
     precisions = ["fp32", "bf16"] if computes_in_bf16() else ["fp32"]
     results: dict[str, Any] = {
         "machine": {
-            "processor": f"{platform.processor() or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})",
+            "processor": f"{processor()} ({torch.backends.cpu.get_cpu_capability()})",
             "versions": ", ".join(f"{k} {v}" for k, v in versions().items() if k != "machine"),
         },
         "bf16": computes_in_bf16(),

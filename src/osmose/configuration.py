@@ -13,21 +13,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from osmose.errors import UserError, nearest
 
 
-class ConfigError(UserError):
-    """A configuration value that is refused: `path` says where, `value` what was given, `reason` what is right."""
+class ConfigError(UserError, ValueError):
+    """A configuration value that is refused: `path` says where, `reason` what was given and what is right.
+
+    A `ValueError` besides, so that pydantic takes one that a part raises for the error of the field that holds the part.
+    """
 
     def __init__(self, path: str, reason: str):
         super().__init__(f"{path}: {reason}" if path else reason)
         self.path, self.reason = path, reason
-
-    def under(self, field: str) -> ConfigError:
-        """The same error seen from the configuration that holds this one in `field`."""
-        return ConfigError(f"{field}.{self.path}" if self.path else field, self.reason)
 
 
 class Config(BaseModel):
@@ -59,8 +58,11 @@ class Config(BaseModel):
 
 
 def _first_line(error: ValidationError, cls: type[BaseModel]) -> ConfigError:
-    first = error.errors(include_url=False, include_context=False)[0]
+    first = error.errors(include_url=False)[0]
     path = ".".join(str(part) for part in first["loc"])
+    inner = first.get("ctx", {}).get("error")
+    if isinstance(inner, ConfigError):  # of a part in this field: its path continues ours
+        return ConfigError(".".join(filter(None, (path, inner.path))), inner.reason)
     if first["type"] == "extra_forbidden":
         allowed = _fields_at(cls, first["loc"][:-1])
         return ConfigError(path, f"unknown field; {nearest(str(first['loc'][-1]), allowed)}")
@@ -68,9 +70,8 @@ def _first_line(error: ValidationError, cls: type[BaseModel]) -> ConfigError:
         return ConfigError(path, "required, but not given")
     shown = repr(first["input"])
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    verb = "" if first["msg"].startswith("Value error") else "should be "
-    return ConfigError(path, f"{shown} is not valid: {verb}{reason}")
+    reason = first["msg"].removeprefix("Value error, ").replace("Input should be ", "should be ")
+    return ConfigError(path, f"{shown} is not valid: {reason}")
 
 
 def _fields_at(cls: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
@@ -176,9 +177,6 @@ class Registry:
             raise ConfigError("kind", str(error)) from None
         return cls.parse(value)
 
-    def validate(self, value: Any, info: ValidationInfo) -> Any:
-        """`parse`, as a pydantic before-validator: errors carry the path of the field that holds the part."""
-        try:
-            return self.parse(value)
-        except ConfigError as error:
-            raise error.under(info.field_name or "") from None
+    def validate(self, value: Any) -> Any:
+        """`parse`, under the name that fields use as their pydantic before-validator."""
+        return self.parse(value)

@@ -71,7 +71,7 @@ def parse(cls: type[C], verb: str, arguments: list[str]) -> C:
     overrides: dict[str, Any] = {}
     if "overrides" in fields:
         arguments, overrides = _split(
-            arguments, {f"--{n.replace('_', '-')}" for n, f in fields.items() if f.type == "bool"}
+            arguments, {f"--{n.replace('_', '-')}" for n, f in fields.items() if f.default is False}
         )
     said = io.StringIO()
     try:
@@ -102,8 +102,9 @@ def _split(words: list[str], flags: set[str]) -> tuple[list[str], dict[str, Any]
 
 
 def _one_line(text: str, verb: str) -> str:
-    plain = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
-    words = " ".join(line for line in plain if line)
+    # tyro draws a box, of lines or (where the terminal knows no others) of hyphens; its title repeats what it says.
+    plain = [re.sub(r"[│╭╮╰╯─]+|-{3,}", " ", line).strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
+    words = " ".join([line for line in plain if line][1:])
     value = re.search(r"Error parsing (--[\w-]+|\w+):.*?instantiated from \[(.*?)\]", words)
     if value:
         kind = re.search(r"no type matching (\S+)", words)

@@ -78,8 +78,8 @@ class Train:
         return self._resume(self.out) if self.resume else self._start(self.out)
 
     def _changes(self) -> dict[str, Any]:
-        said = {path: getattr(self, name) for name, path in _SAID.items() if getattr(self, name) not in (None, False)}
-        return said | self.overrides
+        said = {path: getattr(self, name) for name, path in _SAID.items()}
+        return {path: value for path, value in said.items() if value is not None and value is not False} | self.overrides
 
     def _start(self, out: Path) -> Result:
         if self.method is None:

@@ -8,6 +8,7 @@ work is cut up: a training step draws for the global batch and keeps its own par
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Protocol
 
 import torch
@@ -75,13 +76,17 @@ class SampleDraws:
     """The randomness of the samples `first`..`first + count - 1` of a seed: each has its own stream.
 
     Sample i is the same whichever batch it is computed in, and on whichever device: values are drawn on the CPU.
-    Draws are made `ahead` steps at a time, so that many small streams cost little per step.
+    After the first draw, small events are drawn several steps ahead, so that many streams cost little per step.
     """
 
-    def __init__(self, seed: int, first: int, count: int, device: torch.device | str = "cpu", ahead: int = 16):
-        self.device, self.ahead = torch.device(device), ahead
+    #: Values that one sample draws at a time, at most; depends on nothing but the event, or samples would change.
+    AHEAD = 16 * 1024
+
+    def __init__(self, seed: int, first: int, count: int, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
         self._streams = [seeded(seed, "sample", index) for index in range(first, first + count)]
         self._buffer: list[Tensor] = []
+        self._first = True
 
     @property
     def count(self) -> int:
@@ -89,7 +94,10 @@ class SampleDraws:
 
     def normal(self, event_shape: tuple[int, ...]) -> Tensor:
         if not self._buffer or tuple(self._buffer[-1].shape[1:]) != event_shape:
-            block = torch.empty(self.count, self.ahead, *event_shape)
+            # A deterministic solver draws once: drawing ahead then would be for nothing.
+            steps = 1 if self._first else max(1, min(16, self.AHEAD // math.prod(event_shape)))
+            self._first = False
+            block = torch.empty(self.count, steps, *event_shape)
             for row, stream in zip(block, self._streams, strict=True):
                 torch.randn(row.shape, generator=stream, out=row)
             self._buffer = list(block.to(self.device).unbind(1))[::-1]

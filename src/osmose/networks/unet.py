@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,6 +39,11 @@ class UNetConfig(NetworkConfig):
     padding: Literal["symmetric", "asymmetric"] = Field(
         "symmetric", description="of the stride-2 convolutions; asymmetric is TensorFlow's, for foreign weights"
     )
+
+    @field_validator("mult", "attention", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int) else value
 
     def build(self, event_shape: tuple[int, ...], *, num_classes: int | None = None) -> nn.Module:
         return UNet(self, event_shape, num_classes)

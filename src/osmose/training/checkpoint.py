@@ -4,7 +4,7 @@
         weights.safetensors     the live weights and buffers
         average.safetensors     the averaged weights
         optimizer.safetensors   the optimiser's tensors, `index.name`
-        state.json              step, number of updates, random state, versions
+        state.json              step, number of updates, losses since the last line of the log, random state
 
 Randomness is a pure function of (seed, step), and so is the order of the data, so the random state that has to be kept
 is the pair (seed, step) itself. A folder appears under its final name only when it is complete.
@@ -36,8 +36,8 @@ class Checkpoints:
         """Complete checkpoints, oldest first."""
         return sorted(path for path in self.folder.glob("step_*") if (path / "state.json").is_file())
 
-    def save(self, step: int, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> Path:
-        """Write the state after `step` steps and drop the oldest checkpoints beyond `keep`.
+    def save(self, step: int, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, **more: Any) -> Path:
+        """Write the state after `step` steps, `more` (plain JSON) with it; drop the oldest checkpoints beyond `keep`.
 
         Raises:
             UserError: the disk is full; earlier checkpoints are unchanged.
@@ -50,7 +50,7 @@ class Checkpoints:
             files.write_tensors(temporary / "average.safetensors", ema.average)
             files.write_tensors(temporary / "optimizer.safetensors", _optimizer_tensors(optimizer))
             state = {"step": step, "updates": ema.updates, "random": {"seed": self.seed, "step": step}}
-            files.write_json(temporary / "state.json", state)
+            files.write_json(temporary / "state.json", state | more)
             _sync(temporary)
         for old in self.all()[: -self.keep]:
             # Under its final name a checkpoint is complete: rename before deleting piece by piece.
@@ -59,18 +59,22 @@ class Checkpoints:
             shutil.rmtree(doomed)
         return path
 
-    def restore(self, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
-        """Load the newest checkpoint; return its step, 0 when there is none.
+    def restore(self, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Load the newest checkpoint; return its state.json, at least the step, which is 0 when there is none.
 
         Raises:
             UserError: a checkpoint of another network or seed, or one that is damaged.
         """
-        for leftover in self.folder.glob(".*"):
-            shutil.rmtree(leftover)
         if not self.all():
-            return 0
+            return {"step": 0}
         path = self.all()[-1]
-        state = files.read_json(path / "state.json")
+        try:
+            return self._read(path, model, ema, optimizer)
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path}: damaged ({error}); delete it to continue from the one before") from None
+
+    def _read(self, path: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        state: dict[str, Any] = files.read_json(path / "state.json")
         if state["random"]["seed"] != self.seed:
             raise UserError(f"{path}: made with seed {state['random']['seed']}, but this run has seed {self.seed}")
         load_weights(model, files.read_tensors(path / "weights.safetensors"), path / "weights.safetensors")
@@ -81,7 +85,7 @@ class Checkpoints:
             index, _, name = key.partition(".")
             per_parameter.setdefault(int(index), {})[name] = value
         optimizer.load_state_dict({"state": per_parameter, "param_groups": optimizer.state_dict()["param_groups"]})
-        return int(state["step"])
+        return state
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from osmose.configuration import Config
 from osmose.data.dataset import DataConfig, DataIdentity, DataSpec
+from osmose.errors import UserError
 from osmose.methods import METHODS
 from osmose.methods.base import MethodConfig
 
@@ -48,6 +50,20 @@ class TrainingConfig(Config):
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
         return self
+
+    def require(self, processes: int) -> None:
+        """Refuse what cannot be done here.
+
+        Raises:
+            UserError: a batch that `processes` processes cannot share, TensorBoard where it is not installed.
+        """
+        items = self.batch_size // self.accumulate
+        if items % processes:
+            raise UserError(f"training.batch_size: {items} items per pass cannot be shared by {processes} processes")
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise UserError(
+                "training.tensorboard: needs TensorBoard; install it with: pip install 'osmose[tensorboard]'"
+            )
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step `step` (from 0)."""

@@ -19,6 +19,23 @@ from osmose.errors import UserError
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one line what keeps the block from writing `path`.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise UserError(f"{path}: no space left on the disk; what was there before is unchanged") from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM, errno.EEXIST, errno.EISDIR):
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to; on success it takes `path`'s place, on failure it is removed.
 
@@ -27,18 +44,20 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise UserError(f"{path}: no space left on the disk; what was there before is unchanged") from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM):
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-        raise
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process was in the middle of writing or deleting below `folder`."""
+    for pattern in (".*.tmp", ".*.old"):
+        for leftover in folder.rglob(pattern):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -64,14 +83,17 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file ({error})") from None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors in the safetensors format, with a metadata field that says who wrote them."""
+    """Write tensors in the safetensors format; equal tensors make equal files.
+
+    One metadata field only: safetensors writes several in random order, and a run's hash is that of its weights' file.
+    """
     plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    write_bytes(path, safetensors.torch.save(plain, metadata={"format": "pt", "producer": "osmose"}))
+    write_bytes(path, safetensors.torch.save(plain, metadata={"format": "pt"}))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from osmose.errors import UserError
-
 
 class Progress:
     """A progress bar on a terminal, plain lines elsewhere, nothing when `show` is False."""
@@ -75,7 +73,7 @@ class Progress:
                 f"{_clock(elapsed)} elapsed, {_clock(left)} left"
             )
         if folder is not None:
-            self._events = self._events or _tensorboard(folder)
+            self._events = self._events or _tensorboard(folder, line["step"])
             for name, value in line.items():
                 if name not in ("step", "epoch"):
                     self._events.add_scalar(name, value, line["step"])
@@ -86,11 +84,8 @@ def _clock(seconds: float) -> str:
     return f"{minutes}:{rest:02d}"
 
 
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "training.tensorboard: needs TensorBoard; install it with: pip install 'osmose[tensorboard]'"
-        ) from None
-    return SummaryWriter(str(folder / "tensorboard"))
+def _tensorboard(folder: Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    # What a killed run had written of this step and later ones is hidden, as metrics.jsonl forgets it.
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step)

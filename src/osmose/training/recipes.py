@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ def recipe(method: str, data: DataConfig, dataset: Dataset, seed: int, changes: 
         UserError: a name or a value that is refused; the message says what would be right.
     """
     sample = dataset.spec.encode(dataset.train[:: max(1, len(dataset.train) // 2000)])
-    values = {"kind": method, **METHODS.resolve(method).recipe(dataset.spec, float(sample.square().mean().sqrt()))}
+    cls = METHODS.resolve(method)
+    # Complete, so that an override may reach into a part that the recipe leaves at its default (schedule.num_steps=500).
+    values = cls.parse(cls.recipe(dataset.spec, float(sample.square().mean().sqrt()))).to_json()
     training = {
         name.removeprefix("training."): value for name, value in changes.items() if name.startswith("training.")
     }
@@ -92,8 +95,9 @@ def checked(config: RunConfig) -> RunConfig:
     """The same configuration, after its parts have been put together once.
 
     Raises:
-        UserError: parts that do not fit each other or the data.
+        UserError: parts that do not fit each other, the data or this machine.
     """
+    config.training.require(int(os.environ.get("WORLD_SIZE", "1")))
     with torch.random.fork_rng(devices=[]):
         config.method.build(config.spec)
     return config

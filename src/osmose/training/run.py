@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,10 @@ class Run:
             UserError: something is there already.
         """
         folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"out: {folder} exists already; choose another folder, or --resume to continue a run")
+        require_free(folder)
         config = config.replace(versions=versions())
-        files.write_json(folder / "config.json", config.to_json())
+        if is_first_process():
+            files.write_json(folder / "config.json", config.to_json())
         return cls(folder, config)
 
     @classmethod
@@ -104,10 +105,36 @@ class Run:
                 break
         return kept
 
-    def rewind_metrics(self, step: int) -> None:
-        """Forget what metrics.jsonl says of steps after `step`, before they are trained again."""
+    def log(self, line: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        path = self.folder / "metrics.jsonl"
+        with files.writing(path), path.open("a") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Remove what an interruption left half written, and what metrics.jsonl says of steps after `step`."""
+        files.sweep(self.folder)
         kept = [line for line in self.metrics() if line["step"] <= step]
         files.write_bytes(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that makes the folder; torchrun and accelerate launch number theirs in RANK."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def require_free(folder: Path) -> None:
+    """Refuse a folder that holds something already.
+
+    Raises:
+        UserError: there is a file, or a folder that is not empty.
+    """
+    if is_first_process() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--out: {folder} exists already; choose another folder, or --resume to continue a run")
 
 
 def load(folder: Path | str, device: torch.device | str = "cpu") -> GenerativeModel:

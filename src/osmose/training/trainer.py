@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -50,9 +50,8 @@ class Trainer:
             raise UserError(f"data: {dataset.source!r} is not the data this run was made with (its hash differs)")
         self.accelerator = Accelerator(mixed_precision=_precision(self.config.precision))
         self.device, world = self.accelerator.device, self.accelerator.num_processes
+        self.config.require(world)
         self.micro = self.config.batch_size // self.config.accumulate
-        if self.micro % world:
-            raise UserError(f"training.batch_size: {self.micro} items per pass cannot be shared by {world} processes")
         self.share = self.micro // world
 
         torch.manual_seed(mix(self.seed, "weights"))
@@ -69,13 +68,17 @@ class Trainer:
             fused=self.device.type in ("cpu", "cuda"),
         )
         self.checkpoints = Checkpoints(run, self.config.keep_checkpoints)
-        self.step = self.checkpoints.restore(self.model, self.ema, self.optimizer)
+        self.window = Window()
+        state = self.checkpoints.restore(self.model, self.ema, self.optimizer)
+        self.step = int(state["step"])
+        if self.is_main and "window" in state:  # the sums are over all processes: one takes them up again
+            self.window.sums = torch.tensor(state["window"], dtype=torch.float64)
         if self.config.compile:
             for network in self.model.networks():
                 network.compile()
         self.parallel = self.accelerator.prepare_model(self.model)
         self.order = BatchOrder(len(dataset.train), self.config.batch_size, mix(self.seed, "data"))
-        self.progress = progress or Progress(show=False)
+        self.progress = progress if progress and self.is_main else Progress(show=False)
 
     @property
     def is_main(self) -> bool:
@@ -86,11 +89,14 @@ class Trainer:
         """Train to the last step; return False when a signal asked to stop before (the state is then saved).
 
         Raises:
-            DivergedError: the gradient is not finite; the last good checkpoint is named.
+            DivergedError: gradient, loss or weights are not finite; the last good checkpoint is named.
+            UserError: the disk is full; the last checkpoint is unchanged.
         """
-        window = Window()
+        window = self.window
         if self.is_main:
-            self.run.rewind_metrics(self.step)
+            self.run.rewind(self.step)
+            if self.step:  # the process that wrote the checkpoint may have been killed before it wrote these
+                self.run.write_weights(self.ema.state_dict())
         self.progress.start(self.step, self.config.steps, self.config.batch_size)
         with stopping_on_signal() as stopped, torch.random.fork_rng(), self.progress:
             while self.step < self.config.steps:
@@ -101,7 +107,7 @@ class Trainer:
                 window.grad_norm = grad_norm
                 self.progress.advance(window)
                 if self.step % self.config.log_every == 0:
-                    self._log(window.drain(self.accelerator.reduce), lr=self.config.lr_at(self.step - 1))
+                    self._log(window.drain(self._summed), lr=self.config.lr_at(self.step - 1))
                 last, asked = self.step == self.config.steps, self._agreed(stopped)
                 if last or self.step % self.config.validate_every == 0:
                     self._log(self.validate())
@@ -131,7 +137,7 @@ class Trainer:
             window.add(terms.per_item.detach(), terms.t)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or float("inf"))
         if not bool(torch.isfinite(norm)):
-            self._diverged(terms.t)
+            self._diverged("the loss is no longer finite", self.step + 1, terms.t)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update()
@@ -179,17 +185,26 @@ class Trainer:
             self.progress.note(f"samples: {path}")
 
     def save(self) -> None:
-        """Write a checkpoint, then the weights to sample with."""
+        """Write a checkpoint, then the weights to sample with.
+
+        Raises:
+            DivergedError: a weight is not finite; nothing is written.
+        """
+        if not all(bool(value.isfinite().all()) for value in self.model.parameters()):
+            self._diverged("a weight is no longer finite", self.step)
+        window = self._summed(self.window.sums).tolist()
         if self.is_main:
-            self.checkpoints.save(self.step, self.model, self.ema, self.optimizer)
+            self.checkpoints.save(self.step, self.model, self.ema, self.optimizer, window=window)
             self.run.write_weights(self.ema.state_dict())
         self.accelerator.wait_for_everyone()
 
     def _log(self, values: dict[str, Any], **more: Any) -> None:
         line = {"step": self.step, "epoch": round(self.order.epoch(self.step), 4), **values, **more}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                self._diverged(f"{name} is no longer finite", self.step)
         if self.is_main:
-            with (self.run.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            self.run.log(line)
             self.progress.log(line, self.run.folder if self.config.tensorboard else None)
 
     def _agreed(self, stopped: list[int]) -> bool:
@@ -199,11 +214,17 @@ class Trainer:
         flag = torch.tensor([float(bool(stopped))], device=self.device)
         return bool(self.accelerator.reduce(flag).item() > 0)
 
-    def _diverged(self, t: Tensor | None) -> None:
+    def _summed(self, sums: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.accelerator.num_processes == 1:
+            return sums
+        return self.accelerator.reduce(sums.to(self.device)).cpu()  # type: ignore[no-any-return]
+
+    def _diverged(self, what: str, step: int, t: Tensor | None = None) -> None:
         saved = self.checkpoints.all()
         times = "" if t is None else f" (last batch: t from {t.min():.3f} to {t.max():.3f}, median {t.median():.3f})"
         raise DivergedError(
-            f"the loss is no longer finite at step {self.step + 1}{times}; last good checkpoint: "
+            f"{what} at step {step}{times}; last good checkpoint: "
             f"{saved[-1] if saved else 'none yet'}; a lower training.lr or a smaller training.clip_grad usually helps"
         )
 
