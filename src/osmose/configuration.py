@@ -21,7 +21,7 @@ from osmose.errors import UserError, nearest
 class ConfigError(UserError, ValueError):
     """A configuration value that is refused: `path` says where, `reason` what was given and what is right.
 
-    A `ValueError` besides, so that pydantic takes one that a part raises for the error of the field that holds the part.
+    A `ValueError` besides, so that pydantic takes what a part raises for an error of the field that holds the part.
     """
 
     def __init__(self, path: str, reason: str):

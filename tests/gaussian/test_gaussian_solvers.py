@@ -49,16 +49,48 @@ def test_the_error_falls_with_the_declared_order(kind, solver):
     schedule = SCHEDULES.parse(kind)
     oracle = GaussianDenoiser(torch.tensor([0.5, -0.2]).double(), torch.tensor([0.3, 2.0]).double())
     x = randn(16, 2) * schedule.prior_std
-    # Where the noise of a schedule is enormous the first steps of a coarse grid are far from their asymptote.
-    start = 0.8 if kind == "ve" else 1.0
-    errors, counts = [], [32, 64, 128, 256]
-    for count in counts:
-        grid = TimeGrid.at(schedule, torch.linspace(start, 0.2, count + 1, dtype=torch.float64))
+    errors = []
+    for count in (32, 64, 128, 256):
+        grid = TimeGrid.at(schedule, torch.linspace(0.9, 0.2, count + 1, dtype=torch.float64))
         end = list(solver.run(oracle, x, grid, no_noise))[-2].x  # the last step, to CLEAN, is of first order for all
         errors.append((end - oracle.flow(x, grid.levels[0], grid.levels[-2])).square().mean().sqrt().item())
     orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
-    assert orders[-1] == pytest.approx(solver.order, abs=0.2), orders
+    assert orders[-1] == pytest.approx(solver.order, abs=0.1), orders
     assert errors[-1] < 0.02
+
+
+@pytest.mark.parametrize("kind", ["trig", "straight"])
+@pytest.mark.parametrize("solver", ORDERED, ids=lambda s: s.kind)
+def test_the_order_survives_a_start_without_data(kind, solver):
+    # alpha(1) = 0, so sigma / alpha is infinite there; a second order is approached with a logarithm.
+    schedule = SCHEDULES.parse(kind)
+    oracle = GaussianDenoiser(torch.tensor([0.5, -0.2]).double(), torch.tensor([0.3, 2.0]).double())
+    x, errors = randn(16, 2), []
+    for count in (64, 128, 256, 512):
+        grid = TimeGrid.at(schedule, torch.linspace(1.0, 0.2, count + 1, dtype=torch.float64))
+        end = list(solver.run(oracle, x, grid, no_noise))[-2].x
+        errors.append((end - oracle.flow(x, grid.levels[0], grid.levels[-2])).square().mean().sqrt().item())
+    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+    assert min(orders) > {1: 0.95, 2: 1.7}[solver.order], orders
+    assert errors[-1] < {1: 5e-3, 2: 1e-4}[solver.order]
+
+
+@every_schedule
+@pytest.mark.parametrize("num_steps", [5, 10, 20])
+def test_heun_neither_explodes_nor_loses_to_ddim_on_short_grids(kind, num_steps):
+    # On the cosine schedule sigma / alpha falls from 20000 to about 10 in the first step.
+    schedule = SCHEDULES.parse(kind)
+    oracle = GaussianDenoiser(torch.tensor([0.5, -0.2]).double(), torch.tensor([0.3, 2.0]).double())
+    x = randn(64, 2) * schedule.prior_std
+    for spacing in ("even", "log-snr", "karras") if num_steps > 5 else ("even",):
+        grid = TimeGrid.of(schedule, num_steps, spacing)
+
+        def error(solver, grid=grid):
+            end = list(solver.run(oracle, x, grid, no_noise))[-2].x
+            return (end - oracle.flow(x, grid.levels[0], grid.levels[-2])).square().mean().sqrt().item()
+
+        factor = 2 if kind == "ve" else 1.5 if spacing == "even" else 3
+        assert error(Heun()) < factor * error(DDIM())
 
 
 @every_schedule
@@ -170,9 +202,11 @@ def test_a_ddim_step_is_eq_12(kind, eta):
 
 
 def test_eta_1_stays_real_where_rounding_would_make_a_root_negative():
-    schedule = VarianceExploding(sigma_min=0.014168420459339645, sigma_max=267028897.70497847, rho=1.0)
-    x = last(DDIM(eta=1.0).run(lambda x, level: 0 * x, randn(2, 2), TimeGrid.of(schedule, 4), lambda: randn(2, 2)))  # noqa: ARG005
-    assert torch.equal(x, torch.zeros(2, 2, dtype=torch.float64))
+    grid = TimeGrid((Level(1.0, 1.0, 1_270_000.0), Level(0.5, 1.0, 0.000598), CLEAN))
+    fresh = 0.000598 / 1_270_000.0 * (1_270_000.0**2 - 0.000598**2) ** 0.5
+    assert 0.000598**2 - fresh**2 < 0
+    states = DDIM(eta=1.0).run(lambda x, level: 0 * x, randn(2, 2), grid, lambda: randn(2, 2))  # noqa: ARG005
+    assert torch.allclose(next(states).x, 0.000598 * randn(2, 2))
 
 
 @every_schedule
@@ -346,7 +380,7 @@ def test_ddim_follows_diffusers(clip, eta, spacing, num_steps):
 
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-@pytest.mark.parametrize(("spacing", "num_steps"), [("leading", 10), ("even", 37), ("even", 1000)])
+@pytest.mark.parametrize(("spacing", "num_steps"), [("leading", 10), ("even", 37), ("even", 200)])
 def test_ancestral_follows_diffusers(clip, variance, spacing, num_steps):
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDPMScheduler(
@@ -404,9 +438,7 @@ def test_solvers_do_not_depend_on_the_parametrization_of_time():
         plain = last(solver.run(oracle, randn(20, 2), grid, no_noise))
         norm = [math.hypot(level.alpha, level.sigma) for level in grid.levels]
         scaled = TimeGrid(
-            tuple(
-                Level(level.t**2, level.alpha / n, level.sigma / n) for level, n in zip(grid.levels, norm, strict=True)
-            )
+            tuple(Level(at.t**2, at.alpha / n, at.sigma / n) for at, n in zip(grid.levels, norm, strict=True))
         )
         x = last(solver.run(oracle, randn(20, 2) / norm[0], scaled, no_noise))
         assert torch.allclose(x, plain, rtol=1e-9, atol=1e-9)

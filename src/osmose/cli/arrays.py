@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -36,11 +37,12 @@ def write_stream(path: Path, parts: Iterator[Samples], count: int, spec: DataSpe
             f"--out: {count} samples need {needed / 2**30:.1f} GiB, but {where} has {free / 2**30:.1f} GiB left"
         )
     nfe, seconds, labels = 0, 0.0, []
+    first = next(parts)  # refuses what is wrong with the request before anything is created
     with files.replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("samples.npy", "w", force_zip64=True) as member:
             header = {"descr": dtype.str, "fortran_order": False, "shape": (count, *spec.shape)}
             np.lib.format.write_array_header_2_0(member, header)
-            for part in parts:
+            for part in itertools.chain([first], parts):
                 member.write(part.data.numpy().astype(dtype).tobytes())
                 nfe, seconds = part.nfe, seconds + part.seconds
                 if part.condition is not None:

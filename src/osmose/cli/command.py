@@ -105,13 +105,15 @@ def _one_line(text: str, verb: str) -> str:
     # tyro draws a box, of lines or (where the terminal knows no others) of hyphens; its title repeats what it says.
     plain = [re.sub(r"[│╭╮╰╯─]+|-{3,}", " ", line).strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
     words = " ".join([line for line in plain if line][1:])
-    value = re.search(r"Error parsing (--[\w-]+|\w+):.*?instantiated from \[(.*?)\]", words)
+    value = re.search(r"Error parsing (\S+):.*?instantiated from \[(.*?)\]", words)
     if value:
         kind = re.search(r"no type matching (\S+)", words)
         wanted = (kind.group(1) if kind else "another type").replace("{None}|", "")
         wanted = {"INT": "a whole number", "FLOAT": "a number"}.get(wanted, wanted)
         return f"{value.group(1)}: {value.group(2)} is not valid: should be {wanted}"
-    value = re.search(r"Error parsing (--[\w-]+|\w+): (.*?)(?: Argument helptext|\. For full helptext|$)", words)
+    value = re.search(r"Error parsing (\S+): (.*?)(?: Argument helptext|\. For full helptext|$)", words)
+    if value and "invalid literal for int()" in value.group(2):
+        return f"{value.group(1)}: {value.group(2).split(': ')[-1]} is not valid: should be a whole number"
     if value:
         return f"{value.group(1)}: {value.group(2)}"
     unknown = re.search(

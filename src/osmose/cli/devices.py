@@ -17,7 +17,7 @@ def device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         found = torch.device(name)
-        torch.empty(1, device=found)
+        torch.empty(1, device=found).cpu()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device: {name!r} is not on this machine; choose auto or cpu") from None
     return found

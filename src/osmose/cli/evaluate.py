@@ -51,6 +51,10 @@ class Evaluate:
             raise UserError(f"--reference: {self.reference!r} is not valid: should be train or held-out")
         if (self.model is None) == (self.samples is None):
             raise UserError("RUN: give a run folder, or --samples FILE.npz with --data")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"--threads: {self.threads} is not valid: must be at least 1")
+        if self.num is not None and self.num < 1:
+            raise UserError(f"--num: {self.num} is not valid: must be at least 1")
         import torch
 
         from osmose.metrics.features import FeatureNetwork

@@ -62,7 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _show(result: Any, as_json: bool) -> None:
-    if as_json:
+    if os.environ.get("RANK", "0") != "0":
+        pass  # under torchrun, one process answers for all
+    elif as_json:
         print(json.dumps(result.values, allow_nan=False))
     else:
         result.show()

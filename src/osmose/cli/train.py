@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,14 @@ from osmose.data import SOURCES
 from osmose.errors import UserError
 from osmose.methods import METHODS
 
+#: Flags that are another way to write an override.
 _SAID = {
+    "data": "data.source",
+    "data_root": "data.root",
+    "size": "data.size",
+    "channels": "data.channels",
+    "skip_bad": "data.skip_bad",
+    "seed": "seed",
     "steps": "training.steps",
     "batch_size": "training.batch_size",
     "lr": "training.lr",
@@ -64,7 +72,7 @@ class Train:
     compile: Annotated[bool, arg(help="torch.compile the network")] = False
     tensorboard: Annotated[bool, arg(help="also write TensorBoard events")] = False
     threads: Annotated[int | None, arg(help="CPU threads; all cores if not given")] = None
-    seed: Annotated[int, arg(help="of everything random")] = 0
+    seed: Annotated[int | None, arg(help="of everything random; 0 if not given")] = None
     quiet: Annotated[bool, arg(help="no progress")] = False
     json: Annotated[bool, arg(help="print the result as JSON")] = False
     overrides: Suppress[dict[str, Any]] = field(default_factory=dict)
@@ -78,35 +86,32 @@ class Train:
         return self._resume(self.out) if self.resume else self._start(self.out)
 
     def _changes(self) -> dict[str, Any]:
+        """What was said, by the names that config.json uses (`network.` there stands under `method.`)."""
         said = {path: getattr(self, name) for name, path in _SAID.items()}
-        return {path: value for path, value in said.items() if value is not None and value is not False} | self.overrides
+        return {k: v for k, v in said.items() if v is not None and v is not False} | self.overrides
 
     def _start(self, out: Path) -> Result:
         if self.method is None:
             raise UserError(f"METHOD: required: one of {', '.join(METHODS.entries)}")
         METHODS.resolve(self.method)
-        if self.data is None:
+        changes = self._changes()
+        if "data.source" not in changes:
             raise UserError(f"--data: required: one of {', '.join(SOURCES.entries)}")
         from osmose.data.dataset import DataConfig
         from osmose.training.recipes import checked, recipe
-        from osmose.training.run import Run
+        from osmose.training.run import Run, require_free
 
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"--out: {out} exists already; choose another folder, or --resume to continue a run")
-        given = {"source": self.data, "root": self.data_root, "size": self.size, "channels": self.channels}
-        data = DataConfig.parse(
-            {
-                **{k: v for k, v in given.items() if v is not None},
-                "skip_bad": self.skip_bad,
-                **{k.removeprefix("data."): v for k, v in self.overrides.items() if k.startswith("data.")},
-            }
-        )
+        require_free(out)
+        given = {k.removeprefix("data."): changes.pop(k) for k in list(changes) if k.startswith("data.")}
+        try:
+            data = DataConfig.parse(given)
+        except ConfigError as error:
+            raise UserError(f"data.{error}") from None
         with quiet_warnings():
             dataset = data.load()
-        changes = {k: v for k, v in self._changes().items() if not k.startswith("data.")}
         try:
-            config = checked(recipe(self.method, data, dataset, self.seed, changes))
-        except ConfigError as error:  # what the file calls method.network is network on the command line
+            config = checked(recipe(self.method, data, dataset, changes.pop("seed", 0), changes))
+        except UserError as error:  # what the file calls method.network is network on the command line
             raise UserError(str(error).removeprefix("method.")) from None
         return self._train(Run.create(out, config), dataset)
 
@@ -114,20 +119,22 @@ class Train:
         from osmose.training.run import Run
 
         run = Run.open(out)
+        kind = run.config.method.kind
+        if self.method not in (None, kind):
+            raise UserError(f"METHOD: {self.method!r} given, but {out} was started with {kind!r}; resume without it")
         changes = {
-            (k if k.startswith(("training.", "data.")) else f"method.{k}"): v for k, v in self._changes().items()
+            k if k.startswith(("training.", "data.")) or k == "seed" else f"method.{k}": v
+            for k, v in self._changes().items()
         }
-        if self.method is not None:
-            changes["method.kind"] = self.method
-        if self.data is not None:
-            changes["data.source"] = self.data
-        if self.data_root is not None:
-            changes["data.root"] = str(self.data_root)
         stored = run.config.to_json()
-        wanted = type(run.config).parse(override(stored, changes)).to_json()
-        for name in sorted(changes):
-            before, after = _at(stored, name), _at(wanted, name)
-            if before != after and name != "data.root":
+        try:
+            wanted = type(run.config).parse(override(stored, changes)).to_json()
+        except ConfigError as error:
+            raise UserError(str(error).removeprefix("method.")) from None
+        for path in sorted(changes):
+            before, after = _at(stored, path), _at(wanted, path)
+            if before != after and path != "data.root":
+                name = path.removeprefix("method.")
                 raise UserError(f"{name}: {after!r} given, but {out} was started with {before!r}; resume without it")
         with quiet_warnings():
             dataset = type(run.config.data).parse(wanted["data"]).load()
@@ -146,7 +153,8 @@ class Train:
         try:
             finished = trainer.fit()
         except DivergedError as error:
-            return Result({"run": str(run.folder), "error": str(error)}, [f"osmose: {error}"], status=1)
+            print(f"osmose: {error}", file=sys.stderr)
+            return Result({"run": str(run.folder), "error": str(error)}, status=1)
         last: dict[str, Any] = next((line for line in reversed(run.metrics()) if "validation_loss" in line), {})
         values = {"run": str(run.folder), "step": trainer.step, "finished": finished, **last}
         if not finished:

@@ -119,8 +119,8 @@ class DDIM(Solver):
 class Heun(Solver):
     """EDM's deterministic solver (arXiv 2206.00364, algorithm 1): trapezoidal rule in r; the last step is Euler's.
 
-    Where alpha grows from near 0, as on the first steps of `cosine`, r falls too far for that rule, which would amplify
-    the difference of the two estimates: there it is applied in 1 / r. With alpha = 1 the algorithm is EDM's throughout.
+    At r > 100, beyond EDM's range, where alpha may be 0 and a first step of `cosine` falls from 20000 to 10, the rule
+    is applied in 1 / r: in r it would multiply the difference of the two estimates by as much.
     """
 
     kind: Literal["heun"] = "heun"
@@ -133,12 +133,12 @@ class Heun(Solver):
             predicted = x.mul(keep).add_(x0, alpha=s.alpha - keep * t.alpha)
             if s.sigma == 0:
                 x = predicted
-            elif s.alpha < 3 * t.alpha:
+            elif t.sigma <= 100 * t.alpha:
                 eps = (x - t.alpha * x0).div_(t.sigma)
                 eps.add_((predicted - s.alpha * denoise(predicted, s)).div_(s.sigma)).div_(2)
                 ratio = s.alpha / t.alpha
                 x = x.mul(ratio).add_(eps, alpha=s.sigma - ratio * t.sigma)
-            else:  # r falls from near infinity: the same rule in 1 / r, where d(x / sigma) / d(1 / r) = x0
+            else:  # d(x / sigma) / d(1 / r) = x0
                 x = x.mul(keep).add_((x0 + denoise(predicted, s)).div_(2), alpha=s.alpha - keep * t.alpha)
             yield State(x, x0)
 

@@ -95,6 +95,7 @@ class EDMConfig(DiffusionConfig):
         return {
             **super().recipe(spec, data_std),
             "parametrization": {"kind": "edm", "sigma_data": round(data_std, 3)},
+            "times": {"kind": "log-normal", "stratified": True},
         }
 
 

@@ -53,7 +53,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
         """X (B, *event), label (B,), condition (B,) or None -> (B, *event)."""
-        embedding = self.embed(sinusoids(label, self.width))
+        embedding = self.embed(sinusoids(label, self.width).to(x.dtype))
         if self.classes is not None and condition is not None:
             embedding = embedding + self.classes(condition)
         h = self.stem(x.flatten(1))

@@ -52,12 +52,16 @@ class Checkpoints:
             state = {"step": step, "updates": ema.updates, "random": {"seed": self.seed, "step": step}}
             files.write_json(temporary / "state.json", state | more)
             _sync(temporary)
+        self.prune()
+        return path
+
+    def prune(self) -> None:
+        """Delete the oldest checkpoints beyond `keep`."""
         for old in self.all()[: -self.keep]:
             # Under its final name a checkpoint is complete: rename before deleting piece by piece.
             doomed = old.with_name(f".{old.name}.{os.getpid()}.old")
             old.rename(doomed)
             shutil.rmtree(doomed)
-        return path
 
     def restore(self, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Load the newest checkpoint; return its state.json, at least the step, which is 0 when there is none.

@@ -14,6 +14,7 @@ from osmose.errors import UserError
 from osmose.methods import METHODS
 from osmose.methods.base import MethodConfig
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 MethodChoice = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(METHODS.validate)]
 
 
@@ -26,7 +27,7 @@ class TrainingConfig(Config):
     lr: float = Field(1e-3, gt=0, description="learning rate after warm-up")
     warmup: int = Field(100, ge=0, description="steps over which the learning rate rises from 0")
     decay: Literal["none", "linear", "cosine"] = Field("linear", description="of the learning rate, to 0 at the end")
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: float = Field(0.0, ge=0)
     clip_grad: float | None = Field(1.0, gt=0, description="largest gradient norm; null for none")
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights, bias-corrected; 0 for none")

@@ -20,7 +20,11 @@ class EMA:
         self.module, self.decay, self.updates = module, decay, 0
         self.average = {name: value.detach().clone() for name, value in module.named_parameters()}
         self._averages = list(self.average.values())
-        self._live = [value.detach() for value in module.parameters()]
+
+    @property
+    def _live(self) -> list[Tensor]:
+        # Looked up every time: whatever moves the module (accelerate, on several CPU processes) gives it new storage.
+        return [value.detach() for value in self.module.parameters()]
 
     def update(self) -> None:
         """Take in the module's current weights: call after each optimiser step."""

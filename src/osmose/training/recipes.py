@@ -34,7 +34,7 @@ def recipe(method: str, data: DataConfig, dataset: Dataset, seed: int, changes: 
     """
     sample = dataset.spec.encode(dataset.train[:: max(1, len(dataset.train) // 2000)])
     cls = METHODS.resolve(method)
-    # Complete, so that an override may reach into a part that the recipe leaves at its default (schedule.num_steps=500).
+    # Complete, so that an override may reach into a part that the recipe does not mention (schedule.num_steps=500).
     values = cls.parse(cls.recipe(dataset.spec, float(sample.square().mean().sqrt()))).to_json()
     training = {
         name.removeprefix("training."): value for name, value in changes.items() if name.startswith("training.")
@@ -46,19 +46,37 @@ def recipe(method: str, data: DataConfig, dataset: Dataset, seed: int, changes: 
             "data": data.to_json(),
             "spec": dataset.spec.to_json(),
             "identity": dataset.identity.to_json(),
-            "training": override(training_for(dataset), training),
+            "training": override(training_for(dataset, training.get("steps")), training),
             "seed": seed,
         }
     )
 
 
-def training_for(dataset: Dataset) -> dict[str, Any]:
-    """Training that reaches good samples in minutes on two cores, by the kind and number of items."""
+def training_for(dataset: Dataset, steps: Any = None) -> dict[str, Any]:
+    """Training that reaches good samples in minutes on two cores.
+
+    What should follow the length of the run does: weights are averaged over about the last tenth of it, so that a short
+    run's average does not remember its beginning; warm-up takes a twentieth.
+
+    Args:
+        dataset: its kind and size decide length and batch.
+        steps: the user's own number of steps, if any (validated later).
+    """
     if dataset.spec.kind != "image":
-        return {"steps": 5000, "batch_size": 512, "lr": 2e-3, "ema": 0.999, "checkpoint_every": 1000}
-    if dataset.spec.dimension <= 256:
-        return {"steps": 3000, "batch_size": 64, "lr": 2e-3, "ema": 0.998, "preview_every": 1000}
-    return {"steps": 3000, "batch_size": 64, "lr": 2e-3, "ema": 0.999}
+        values = {"steps": 5000, "batch_size": 512, "lr": 2e-3}
+    elif dataset.spec.dimension <= 256:
+        values = {"steps": 1500, "batch_size": 64, "lr": 2e-3}
+    else:
+        values = {"steps": 4000, "batch_size": 64, "lr": 2e-3}
+    length = steps if isinstance(steps, int) and steps > 0 else int(values["steps"])
+    return values | {
+        "steps": length,
+        "ema": round(min(0.9999, max(0.9, 1 - 10 / length)), 6),
+        "warmup": min(1000, length // 20),
+        "validate_every": max(1, length // 12),
+        "preview_every": max(1, length // 4),
+        "checkpoint_every": max(1, length // 10),
+    }
 
 
 def train(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -44,11 +45,17 @@ class Trainer:
 
     def __init__(self, run: Run, dataset: Dataset, *, progress: Progress | None = None):
         from accelerate import Accelerator  # half a second to import: only where training happens
+        from accelerate.state import AcceleratorState
 
         self.run, self.dataset, self.config, self.seed = run, dataset, run.config.training, run.config.seed
         if dataset.identity != run.config.identity:
             raise UserError(f"data: {dataset.source!r} is not the data this run was made with (its hash differs)")
-        self.accelerator = Accelerator(mixed_precision=_precision(self.config.precision))
+        AcceleratorState._reset_state()  # accelerate keeps the precision of the first run in a process for all others
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        # Without the word `cpu` accelerate would take processes that have no GPU for lonely ones.
+        self.accelerator = Accelerator(
+            mixed_precision=_precision(self.config.precision), cpu=several and not torch.cuda.is_available()
+        )
         self.device, world = self.accelerator.device, self.accelerator.num_processes
         self.config.require(world)
         self.micro = self.config.batch_size // self.config.accumulate
@@ -95,7 +102,8 @@ class Trainer:
         window = self.window
         if self.is_main:
             self.run.rewind(self.step)
-            if self.step:  # the process that wrote the checkpoint may have been killed before it wrote these
+            if self.step:  # the process that wrote the checkpoint may have been killed before it did the rest
+                self.checkpoints.prune()
                 self.run.write_weights(self.ema.state_dict())
         self.progress.start(self.step, self.config.steps, self.config.batch_size)
         with stopping_on_signal() as stopped, torch.random.fork_rng(), self.progress:
@@ -218,7 +226,7 @@ class Trainer:
         """The sum over all processes."""
         if self.accelerator.num_processes == 1:
             return sums
-        return self.accelerator.reduce(sums.to(self.device)).cpu()  # type: ignore[no-any-return]
+        return self.accelerator.reduce(sums.to(self.device)).cpu()
 
     def _diverged(self, what: str, step: int, t: Tensor | None = None) -> None:
         saved = self.checkpoints.all()

@@ -1,0 +1,161 @@
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from osmose.networks.unet import UNetConfig, _Attention, _NormSiLU, _Upsample
+
+
+def inputs(shape=(2, 8, 2, 3), channels=8):
+    generator = torch.Generator().manual_seed(0)
+    make = lambda *s: torch.randn(*s, generator=generator, dtype=torch.float64).requires_grad_()  # noqa: E731
+    return make(*shape), make(channels), make(channels)
+
+
+def norm_silu(x, weight, bias):
+    return _NormSiLU.apply(x, weight, bias, 4, 1e-3)[0]
+
+
+def plain(x, weight, bias):
+    return F.silu(F.group_norm(x, 4, weight, bias, 1e-3))
+
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=["plain", "channels_last"])
+
+
+@every_layout
+def test_norm_silu_and_its_gradient_equal_autograd(layout):
+    x, weight, bias = inputs()
+    x = x.detach().to(memory_format=layout).requires_grad_()
+    out, want = norm_silu(x, weight, bias), plain(x, weight, bias)
+    assert torch.allclose(out, want, rtol=1e-12, atol=1e-14)
+    grad = torch.randn_like(out)
+    for given in (grad, grad.contiguous(memory_format=torch.channels_last), grad[..., :1].expand_as(grad)):
+        got = torch.autograd.grad(out, (x, weight, bias), given, retain_graph=True)
+        expected = torch.autograd.grad(want, (x, weight, bias), given, retain_graph=True)
+        for a, b in zip(got, expected, strict=True):
+            assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_norm_silu_remembers_only_its_input():
+    x, weight, bias = inputs()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        norm_silu(x, weight, bias)
+    assert sum(t.numel() for t in saved) == x.numel() + 2 * 8 + 2 * 2 * 4  # weight and bias, mean and rstd
+
+
+def test_norm_silu_passes_every_gradcheck():
+    assert torch.autograd.gradcheck(norm_silu, inputs(), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(norm_silu, inputs(), check_fwd_over_rev=True)
+    assert torch.autograd.gradcheck(norm_silu, inputs((2, 8, 3)), check_forward_ad=True)
+
+
+@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True)])
+def test_norm_silu_where_only_some_inputs_vary(needed):
+    chosen = [value.detach().requires_grad_(need) for value, need in zip(inputs(), needed, strict=True)]
+    assert torch.autograd.gradcheck(norm_silu, chosen, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(norm_silu, chosen)
+
+
+def test_norm_silu_under_function_transforms():
+    primals = tuple(value.detach() for value in inputs())
+    tangents = tuple(torch.randn_like(value) for value in primals)
+    out, tangent = torch.func.jvp(norm_silu, primals, tangents)
+    want, want_tangent = torch.func.jvp(plain, primals, tangents)
+    assert torch.allclose(out, want, rtol=1e-12)
+    assert torch.allclose(tangent, want_tangent, rtol=1e-9, atol=1e-12)
+    cotangent = torch.randn_like(out)
+    for a, b in zip(*(torch.func.vjp(f, *primals)[1](cotangent) for f in (norm_silu, plain)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    network = UNetConfig(channels=8, mult=(1, 2), blocks=1, attention=(4,)).build((1, 8, 8), num_classes=3).double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
+
+
+def test_forward_derivatives_of_the_whole_network(network):
+    x, dx = torch.randn(2, 2, 1, 8, 8, dtype=torch.float64).unbind(0)
+    label, dlabel, h = torch.tensor([20.0, 45.0]), torch.tensor([1.0, -0.5]), 0.01  # labels are float32
+
+    def quotient(h):
+        with torch.no_grad():
+            return (network(x + h * dx, label + h * dlabel) - network(x - h * dx, label - h * dlabel)) / (2 * h)
+
+    finite = (4 * quotient(h / 2) - quotient(h)) / 3
+    _, by_transform = torch.func.jvp(network, (x, label), (dx, dlabel))
+    with forward_ad.dual_level():
+        dual = network(forward_ad.make_dual(x, dx), forward_ad.make_dual(label, dlabel))
+        by_dual = forward_ad.unpack_dual(dual).tangent
+    scale = float(finite.abs().max())
+    assert (by_transform - finite).abs().max() < 1e-3 * scale
+    assert torch.allclose(by_dual, by_transform, rtol=1e-6, atol=1e-8 * scale)
+    # In x alone everything is float64 and the difference quotient is sharp.
+    h = 1e-4
+    finite = (network(x + h * dx, label) - network(x - h * dx, label)) / (2 * h)
+    assert torch.allclose(torch.func.jvp(lambda x: network(x, label), (x,), (dx,))[1], finite, rtol=1e-5, atol=1e-6)
+    # And reverse mode agrees: <J dx, w> = <dx, J^T w>.
+    w = torch.randn_like(x)
+    x.requires_grad_()
+    pulled = torch.autograd.grad(network(x, label), x, w)[0]
+    assert (pulled * dx).sum().item() == pytest.approx((finite * w).sum().item(), rel=1e-6)
+
+
+def test_a_forward_derivative_can_be_trained_through(network):
+    x, dx = torch.randn(2, 2, 1, 8, 8, dtype=torch.float64).unbind(0)
+    label = torch.tensor([20.0, 45.0])
+
+    def loss():
+        return torch.func.jvp(lambda x: network(x, label), (x,), (dx,))[1].square().mean()
+
+    weight = network.conv_in.weight
+    slope = torch.autograd.grad(loss(), weight)[0][0, 0, 1, 1].item()
+    h, values = 1e-5, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight[0, 0, 1, 1] += sign * h
+            values.append(loss().item())
+            weight[0, 0, 1, 1] -= sign * h
+    assert slope == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-4)
+
+
+@every_layout
+@pytest.mark.parametrize("side", [(1, 1), (2, 3), (7, 7)])
+def test_upsampling_is_nearest_and_a_convolution(layout, side):
+    torch.manual_seed(0)
+    layer = _Upsample(4).double()
+    torch.nn.init.normal_(layer.conv.bias)
+    x = torch.randn(2, 4, *side, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    got = layer(x)
+    want = layer.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    assert got.shape == want.shape == (2, 4, 2 * side[0], 2 * side[1])
+    assert torch.allclose(got, want, rtol=1e-11, atol=1e-12)
+    grad = torch.randn_like(got)
+    variables = [x, layer.conv.weight, layer.conv.bias]
+    for a, b in zip(*(torch.autograd.grad(y, variables, grad) for y in (got, want)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_both_ways_to_attend_agree(heads, monkeypatch):
+    torch.manual_seed(0)
+    layer = _Attention(UNetConfig(heads=heads), 8).double()
+    torch.nn.init.normal_(layer.to_out[0].weight)
+    x = torch.randn(2, 8, 4, 6, dtype=torch.float64)
+    short = layer(x)
+    monkeypatch.setattr(_Attention, "SHORT", 0)
+    assert torch.allclose(layer(x), short, rtol=1e-9, atol=1e-10)
+    # By the definition: softmax(q k^T / sqrt(c)) v, channels split among the heads.
+    tokens = layer.group_norm(x).flatten(2).mT
+    q, k, v = (f(tokens).unflatten(2, (heads, -1)) for f in (layer.to_q, layer.to_k, layer.to_v))
+    scores = torch.einsum("bihc,bjhc->bhij", q, k) / (8 / heads) ** 0.5
+    mixed = torch.einsum("bhij,bjhc->bihc", scores.softmax(-1), v).flatten(2)
+    want = x + layer.to_out[0](mixed).mT.unflatten(2, (4, 6))
+    assert torch.allclose(short, want, rtol=1e-9, atol=1e-10)

@@ -1,0 +1,249 @@
+import pytest
+import torch
+
+from osmose.configuration import ConfigError
+from osmose.errors import UserError
+from osmose.networks import NETWORKS
+from osmose.networks.presets import network_for
+from osmose.networks.unet import UNetConfig, _Norm
+
+SMALL = UNetConfig(channels=16, mult=(1, 2), blocks=1, attention=(8,))
+
+
+def built(config, event_shape, *, num_classes=None, perturb=0.1, dtype=torch.float32):
+    """A network with weights that are not at their initial zeros."""
+    torch.manual_seed(0)
+    network = config.build(event_shape, num_classes=num_classes).to(dtype)
+    if perturb:
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(perturb * torch.randn_like(parameter))
+    return network
+
+
+def count(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_the_default_has_the_published_size():
+    with torch.device("meta"):
+        network = UNetConfig().build((3, 32, 32))
+    assert count(network) == 35_746_307
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"blocks": 1}, 24_275_587),
+        ({"mult": (1, 2, 2)}, 25_838_595),
+        ({"mult": (1, 2, 2), "blocks": 1}, 17_714_563),
+    ],
+)
+def test_the_variants_of_seed_003_have_their_sizes(options, expected):
+    with torch.device("meta"):
+        network = UNetConfig(**options).build((3, 32, 32))
+    assert count(network) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "event_shape"),
+    [
+        (UNetConfig(channels=8, mult=(1, 2), attention=(4,)), (1, 8, 8)),
+        (UNetConfig(channels=8, mult=(1, 2, 2), attention=(14,)), (1, 28, 28)),
+        (UNetConfig(channels=8), (3, 32, 32)),
+        (UNetConfig(channels=8, mult=(1, 2, 2)), (2, 16, 32)),
+        (UNetConfig(channels=8, mult=(1, 2), patch=2, attention=(16, 8)), (3, 32, 32)),
+        (UNetConfig(channels=8, mult=(1,), attention=()), (1, 7, 5)),
+        (UNetConfig(channels=8, mult=(1, 2, 2, 2), attention=()), (1, 8, 8)),
+        (UNetConfig(channels=8, mult=(1, 2), attention=(4,), padding="asymmetric"), (1, 8, 8)),
+    ],
+)
+def test_shapes_and_the_zero_at_the_start(config, event_shape):
+    network = built(config, event_shape, perturb=0)
+    x = torch.randn(3, *event_shape)
+    out = network(x, torch.tensor([0.0, 500.0, 999.0]))
+    assert out.shape == x.shape
+    assert out.dtype == torch.float32
+    assert bool((out == 0).all())
+    perturbed = built(config, event_shape)(x, torch.tensor([0.0, 500.0, 999.0]))
+    assert perturbed.shape == x.shape
+    assert bool((perturbed != 0).any())
+    assert bool(perturbed.isfinite().all())
+
+
+def test_a_patch_folds_pixels_into_channels():
+    patched = built(UNetConfig(channels=8, mult=(1, 2), attention=(4,), patch=2), (3, 16, 16))
+    plain = built(UNetConfig(channels=8, mult=(1, 2), attention=(4,)), (12, 8, 8))
+    plain.load_state_dict(patched.state_dict())
+    x, label = torch.randn(2, 3, 16, 16), torch.tensor([1.0, 900.0])
+    squares = x.view(2, 3, 8, 2, 8, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 12, 8, 8)
+    out = plain(squares, label).view(2, 3, 2, 2, 8, 8).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 16, 16)
+    assert torch.allclose(patched(x, label), out, atol=1e-5)
+
+
+def test_every_parameter_learns_within_a_few_steps():
+    network = built(SMALL, (1, 16, 16), num_classes=3, perturb=0)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
+    x, target = torch.randn(2, 4, 1, 16, 16).unbind(0)
+    label, classes = torch.tensor([3.0, 200.0, 700.0, 950.0]), torch.tensor([0, 1, 2, 0])
+    for _ in range(3):
+        optimizer.zero_grad()
+        (network(x, label, classes) - target).square().mean().backward()
+        optimizer.step()
+    silent = [name for name, p in network.named_parameters() if p.grad is None or not bool((p.grad != 0).any())]
+    # Softmax does not see a constant added to all scores, so the bias of the keys has no effect.
+    keys = [name for name, _ in network.named_parameters() if name.endswith("to_k.bias")]
+    assert [name for name in silent if name not in keys] == []
+
+
+def test_items_of_a_batch_do_not_meet():
+    network = built(SMALL, (1, 16, 16), num_classes=4, dtype=torch.float64)
+    x, label, classes = torch.randn(4, 1, 16, 16).double(), torch.tensor([1.0, 300, 600, 999]), torch.arange(4)
+    together = network(x, label, classes)
+    for i in range(4):
+        alone = network(x[i : i + 1], label[i : i + 1], classes[i : i + 1])
+        assert torch.allclose(together[i : i + 1], alone, rtol=1e-10, atol=1e-12)
+    other = x.clone()
+    other[0] += 100
+    assert torch.allclose(network(other, label, classes)[1:], together[1:], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("channels", [4, 8, 16, 24, 32, 64])
+def test_every_level_sees_the_time_and_the_class(channels):
+    # One channel to a group of the normalisation would wipe out what the embedding adds to a whole channel.
+    config = UNetConfig(channels=channels, mult=(1, 2), blocks=1, attention=())
+    network = built(config, (1, 8, 8), num_classes=2, dtype=torch.float64)
+    seen = {}
+    for name, module in network.named_modules():
+        if name.endswith("conv2"):
+            module.register_forward_hook(lambda *call, name=name: seen.setdefault(name, []).append(call[-1]))
+    x = torch.randn(2, 1, 8, 8).double()
+    base = network(x, torch.tensor([10.0, 10.0]), torch.tensor([0, 0]))
+    first = next(iter(seen))
+    for label, classes in (([10.0, 900.0], [0, 0]), ([10.0, 10.0], [0, 1])):
+        out = network(x, torch.tensor(label), torch.tensor(classes))
+        assert torch.allclose(out[0], base[0], rtol=1e-10)
+        assert (out[1] - base[1]).abs().max() > 1e-3
+        # The very first block, before anything else can have brought the time in.
+        assert (seen[first][-1][1] - seen[first][0][1]).abs().max() > 1e-3
+
+
+def test_time_changes_the_output_after_one_step_of_training():
+    network = built(SMALL, (1, 16, 16), perturb=0)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    x, target = torch.randn(2, 4, 1, 16, 16).unbind(0)
+    for _ in range(3):  # one step for each layer of zeros between the embedding and the output
+        optimizer.zero_grad()
+        (network(x, torch.full((4,), 100.0)) - target).square().mean().backward()
+        optimizer.step()
+    a, b = (network(x, torch.full((4,), label)) for label in (100.0, 800.0))
+    assert (a - b).abs().max() > 1e-4
+
+
+def test_evaluation_is_deterministic_and_training_drops():
+    network = built(SMALL.replace(dropout=0.5), (1, 16, 16))
+    x, label = torch.randn(2, 1, 16, 16), torch.tensor([1.0, 900.0])
+    network.eval()
+    assert torch.equal(network(x, label), network(x, label))
+    network.train()
+    assert not torch.equal(network(x, label), network(x, label))
+
+
+def test_channels_last_gives_the_same_result():
+    network = built(SMALL, (3, 16, 16), dtype=torch.float64)
+    x, label = torch.randn(2, 3, 16, 16).double().requires_grad_(), torch.tensor([1.0, 900.0])
+    plain = network(x, label)
+    plain_grad = torch.autograd.grad(plain.square().sum(), [x, *network.parameters()])
+    last = network.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), label)
+    assert torch.allclose(last, plain, rtol=1e-9, atol=1e-10)
+    for a, b in zip(torch.autograd.grad(last.square().sum(), [x, *network.parameters()]), plain_grad, strict=True):
+        assert torch.allclose(a, b, rtol=1e-7, atol=1e-8 * float(b.abs().max()) + 1e-12)
+
+
+def test_the_condition_counts_only_where_it_is_given():
+    network = built(SMALL, (1, 16, 16), num_classes=2)
+    x, label = torch.randn(2, 1, 16, 16), torch.tensor([1.0, 900.0])
+    given = [network(x, label, classes) for classes in (torch.tensor([0, 0]), torch.tensor([1, 1]), None)]
+    assert not torch.allclose(given[0], given[1])
+    assert not torch.allclose(given[0], given[2])
+
+
+@pytest.mark.parametrize("channels", range(4, 400, 2))
+def test_groups_divide_the_channels_and_leave_four_to_each(channels):
+    norm = _Norm(UNetConfig(), channels)
+    groups = norm.num_groups
+    assert channels % groups == 0
+    assert groups <= 32
+    assert channels // groups >= 4
+    if channels % 128 == 0:
+        assert groups == 32  # DDPM's
+
+
+@pytest.mark.parametrize(("wanted", "channels", "groups"), [(32, 24, 6), (32, 48, 12), (8, 64, 8), (32, 384, 32)])
+def test_groups_are_lowered_to_fit(wanted, channels, groups):
+    assert _Norm(UNetConfig(norm_groups=wanted), channels).num_groups == groups
+
+
+def test_a_base_of_24_channels_runs():
+    network = built(UNetConfig(channels=24, mult=(1, 2), attention=(4,)), (1, 8, 8))
+    assert bool(network(torch.randn(2, 1, 8, 8), torch.tensor([1.0, 2.0])).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("config", "event_shape", "message"),
+    [
+        (UNetConfig(), (1, 28, 28), r"mult: 4 levels need sides divisible by 8.*28x28; use at most 3 levels"),
+        (UNetConfig(), (1, 32, 12), r"32x12; use at most 3 levels"),
+        (UNetConfig(mult=(1, 2)), (1, 7, 7), r"2 levels need sides divisible by 2.*use at most 1 level or"),
+        (UNetConfig(mult=(1, 2, 2), patch=2), (1, 28, 28), r"first level is 14x14; use at most 2 levels"),
+        (UNetConfig(patch=3), (1, 28, 28), r"patch: 3 does not divide the sides of 28x28 images"),
+        (UNetConfig(mult=(1, 2, 2)), (1, 28, 28), r"attention: 16 does not occur; the resolutions.*28, 14, 7"),
+        (UNetConfig(attention=(16, 5)), (3, 32, 32), r"attention: 5 does not occur.*32, 16, 8, 4"),
+        (UNetConfig(channels=10, mult=(1, 2), attention=(8,), heads=4), (1, 8, 8), r"heads: 4 does not divide the 10"),
+        (UNetConfig(channels=8, mult=(1,), attention=(), heads=3), (1, 8, 8), r"heads: 3 does not divide the 8"),
+        (UNetConfig(), (2,), r"a unet needs images \(channels, height, width\), not events of shape \(2,\)"),
+        (UNetConfig(), (3, 16), r"a unet needs images"),
+    ],
+)
+def test_refused_for_the_data(config, event_shape, message):
+    with torch.device("meta"), pytest.raises(UserError, match=message):
+        config.build(event_shape)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kind": "unet", "channels": 5}, "channels.*multiple of 2"),
+        ({"kind": "unet", "channels": 2}, "channels.*greater than or equal to 4"),
+        ({"kind": "unet", "mult": []}, "mult.*at least 1 item"),
+        ({"kind": "unet", "mult": [1, 0]}, r"mult\.1.*greater than 0"),
+        ({"kind": "unet", "blocks": 0}, "blocks.*greater than or equal to 1"),
+        ({"kind": "unet", "dropout": 1.0}, "dropout.*less than 1"),
+        ({"kind": "unet", "padding": "same"}, "padding"),
+        ({"kind": "unet", "chanels": 8}, "did you mean 'channels'"),
+        ({"kind": "une"}, "did you mean 'unet'"),
+        ({"kind": "mlp", "width": 7}, "width.*multiple of 2"),
+    ],
+)
+def test_refused_as_a_configuration(values, message):
+    with pytest.raises(ConfigError, match=message):
+        NETWORKS.parse(values)
+
+
+PRESET = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (1, 5, 5), (3, 16, 32), (3, 64, 64), (2,), (784,)]
+
+
+@pytest.mark.parametrize("event_shape", PRESET)
+def test_the_preset_fits_its_data(event_shape):
+    config = NETWORKS.parse(network_for(event_shape))
+    assert NETWORKS.parse(config.to_json()) == config
+    with torch.device("meta"):
+        network = config.build(event_shape)
+        out = network(torch.empty(2, *event_shape), torch.empty(2))
+    assert out.shape == (2, *event_shape)
+
+
+@pytest.mark.parametrize("event_shape", [(3, 4), (1, 2, 3, 4)])
+def test_no_preset_for_other_data(event_shape):
+    with pytest.raises(UserError, match="none is known for events of shape"):
+        network_for(event_shape)
