@@ -47,6 +47,7 @@ class Osmose:
         changes = {
             "network": {
                 "kind": "unet", "channels": case["base"], "mult": list(case["mult"]), "attention": [case["attention"]],
+                "blocks": 2, "group_channels": 1,
             },
             "training.batch_size": case["batch"],
             "training.precision": precision,

@@ -1,18 +1,19 @@
 """What each command does, seen from outside."""
 
 import csv
-import dataclasses
 import importlib
 import importlib.metadata
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tyro.conf import Positional
 
 import osmose as library
 from osmose.cli import COMMANDS
@@ -44,11 +45,13 @@ def test_help_of_a_command_explains_every_argument(osmose, verb):
     command = getattr(importlib.import_module(module), name)
     words = " ".join(answer.out.replace("│", " ").replace("|", " ").split())
     assert command.__doc__.strip().splitlines()[0] in words
-    for field in dataclasses.fields(command):
-        if field.name in ("overrides", "model", "method", "what", "runs"):
+    for name, kind in get_type_hints(command, include_extras=True).items():
+        (said,) = [part.help for part in getattr(kind, "__metadata__", ()) if hasattr(part, "help")] or [None]
+        if said is None:
+            assert name == "overrides"
             continue
-        assert f"--{field.name.replace('_', '-')} " in words
-        assert field.type.split('help="')[-1].split('"')[0][:40] in words or "help=f" in field.type
+        assert f"--{name.replace('_', '-')} " in words or Positional in kind.__metadata__
+        assert " ".join(said.split()) in words
 
 
 def test_version(osmose):
@@ -75,7 +78,7 @@ def test_no_torch_is_imported_before_it_is_needed(code, tmp_path):
 def test_interruption_is_one_line_and_status_130(osmose, monkeypatch):
     from osmose.cli.info import Info
 
-    def interrupted(self):
+    def interrupted(_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Info, "run", interrupted)
@@ -85,8 +88,9 @@ def test_interruption_is_one_line_and_status_130(osmose, monkeypatch):
 # --- the whole path -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("runs")
 @pytest.mark.parametrize("name", ["digits", "toy"])
-def test_from_training_to_comparison(osmose, runs, name):
+def test_from_training_to_comparison(osmose, name):
     sampled = osmose("sample", name, "-n", 9, "--steps", 2, "--out", "out/grid.png", "--quiet")
     assert sampled.status == 0
     assert "wrote out/grid.png: 9 samples, 2 network evaluations each" in sampled.out
@@ -110,7 +114,7 @@ def test_from_training_to_comparison(osmose, runs, name):
     answer = json.loads(compared.out)
     assert [row["nfe"] for row in answer["rows"]] == [2, 4]
     assert sorted(path.name for path in Path("compared").iterdir()) == ["comparison.csv", "comparison.md", "pareto.png"]
-    rows = list(csv.DictReader(Path("compared/comparison.csv").open()))
+    rows = list(csv.DictReader(Path("compared/comparison.csv").read_text().splitlines()))
     assert [float(row["sw2"]) for row in rows] == [row["sw2"] for row in answer["rows"]]
     table = Path("compared/comparison.md").read_text()
     assert table.count(f"| {name} | ddpm |") == 2
@@ -123,7 +127,8 @@ def test_from_training_to_comparison(osmose, runs, name):
     assert "score" in told.out
 
 
-def test_two_runs_side_by_side(osmose, runs):
+@pytest.mark.usefixtures("runs")
+def test_two_runs_side_by_side(osmose):
     for name in ("digits", "classes"):
         osmose("evaluate", name, "--steps", "2", "-n", 50, "--metrics", "sw2", "--quiet")
     compared = osmose("compare", "digits", "classes", "--out", "both", "--json")
@@ -192,7 +197,8 @@ def test_divergence_is_status_1_and_one_line(osmose, tmp_path):
             assert answer.out == ""
 
 
-def test_resuming_with_the_same_settings_continues(osmose, runs):
+@pytest.mark.usefixtures("runs")
+def test_resuming_with_the_same_settings_continues(osmose):
     before = Path("toy/model.safetensors").read_bytes()
     words = ["train", *TOY, *SHORT, "--resume", "--out", "toy", "--steps", 4, "--json", "--seed", 0]
     answer = osmose(*words)
@@ -209,8 +215,9 @@ def test_an_empty_folder_is_a_place_for_a_run(osmose, tmp_path):
 # --- sample ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("runs")
 @pytest.mark.parametrize(("name", "dtype", "shape"), [("digits", np.uint8, (1, 8, 8)), ("toy", np.float32, (2,))])
-def test_an_archive_written_batch_by_batch_holds_what_sample_gives(osmose, runs, name, dtype, shape):
+def test_an_archive_written_batch_by_batch_holds_what_sample_gives(osmose, name, dtype, shape):
     words = ["sample", name, "-n", 23, "--steps", 3, "--seed", 5, "--batch-size", 7, "--json"]
     answer = osmose(*words, "--out", "new/x.npz")
     assert answer.status == 0, answer.err
@@ -232,8 +239,9 @@ def test_an_archive_written_batch_by_batch_holds_what_sample_gives(osmose, runs,
     assert not np.array_equal(np.load("new/y.npz")["samples"], samples)
 
 
+@pytest.mark.usefixtures("runs")
 @pytest.mark.parametrize("solver", ["ddim", "ancestral"])
-def test_the_batch_size_does_not_change_the_samples(osmose, runs, solver):
+def test_the_batch_size_does_not_change_the_samples(osmose, solver):
     found = []
     for size in (1, 4, 11, 64):
         words = ["--steps", 4, "--solver", solver, "--batch-size", size, "--out", f"{size}.npz", "--quiet"]
@@ -244,17 +252,19 @@ def test_the_batch_size_does_not_change_the_samples(osmose, runs, solver):
     assert np.abs(found[0][0] - found[0][1]).max() > 1e-3
 
 
-def test_fewer_samples_are_the_first_ones(osmose, runs):
+@pytest.mark.usefixtures("runs")
+def test_fewer_samples_are_the_first_ones(osmose):
     for number in (3, 10):
         osmose("sample", "toy", "-n", number, "--steps", 3, "--out", f"{number}.npz", "--quiet")
     few, many = (np.load(f"{number}.npz")["samples"] for number in (3, 10))
     np.testing.assert_allclose(few, many[:3], rtol=1e-4, atol=1e-5)
 
 
-def test_classes_all_in_turn_or_one(osmose, runs):
+@pytest.mark.usefixtures("runs")
+def test_classes_all_in_turn_or_one(osmose):
     # Four steps of training teach the classes nothing: give them something to say.
     state = files.read_tensors(Path("classes/model.safetensors"))
-    embedding = next(name for name, value in state.items() if tuple(value.shape)[0] == 10 and value.ndim == 2)
+    embedding = next(name for name, value in state.items() if value.ndim == 2 and len(value) == 10)
     state[embedding] = 30 * torch.randn(state[embedding].shape, generator=torch.Generator().manual_seed(0))
     for name in state:
         if name.endswith("conv_out.weight"):
@@ -269,15 +279,17 @@ def test_classes_all_in_turn_or_one(osmose, runs):
     assert not np.array_equal(every["samples"][4], three["samples"][4])
 
 
-def test_options_of_the_method_by_name(osmose, runs):
+@pytest.mark.usefixtures("runs")
+def test_options_of_the_method_by_name(osmose):
     words = ["sample", "toy", "-n", 5, "--steps", 4, "--quiet", "spacing=karras", "clip=false"]
     for eta in (0, 1):
         assert osmose(*words, f"solver.eta={eta}", "--out", f"{eta}.npz").status == 0
     assert not np.array_equal(np.load("0.npz")["samples"], np.load("1.npz")["samples"])
 
 
+@pytest.mark.usefixtures("runs")
 @pytest.mark.parametrize("ending", ["jpg", "jpeg", "webp", "PNG"])
-def test_other_pictures(osmose, runs, ending):
+def test_other_pictures(osmose, ending):
     assert osmose("sample", "digits", "-n", 4, "--steps", 1, "--out", f"x.{ending}", "--quiet").status == 0
     with Image.open(f"x.{ending}") as image:
         assert image.format == {"jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "PNG": "PNG"}[ending]
@@ -286,7 +298,8 @@ def test_other_pictures(osmose, runs, ending):
 # --- evaluate -------------------------------------------------------------------------------------------------------
 
 
-def test_an_evaluation_replaces_one_under_the_same_conditions_only(osmose, runs):
+@pytest.mark.usefixtures("runs")
+def test_an_evaluation_replaces_one_under_the_same_conditions_only(osmose):
     def evaluate(*words):
         answer = osmose("evaluate", "toy", "--metrics", "sw2", "--json", *words)
         assert answer.status == 0, answer.err
@@ -308,7 +321,8 @@ def test_an_evaluation_replaces_one_under_the_same_conditions_only(osmose, runs)
     assert len(evaluate("--steps", 2, "-n", 20)) == 6
 
 
-def test_scores_of_other_weights_are_passed_over(osmose, runs):
+@pytest.mark.usefixtures("runs")
+def test_scores_of_other_weights_are_passed_over(osmose):
     osmose("evaluate", "toy", "--steps", "2", "-n", 20, "--metrics", "sw2", "--quiet")
     assert len(json.loads(osmose("info", "toy", "--json").out)["evaluations"]) == 1
     state = files.read_tensors(Path("toy/model.safetensors"))
@@ -316,7 +330,8 @@ def test_scores_of_other_weights_are_passed_over(osmose, runs):
     assert json.loads(osmose("info", "toy", "--json").out)["evaluations"] == []
 
 
-def test_the_same_evaluation_twice_gives_the_same_scores(osmose, runs):
+@pytest.mark.usefixtures("runs")
+def test_the_same_evaluation_twice_gives_the_same_scores(osmose):
     found = []
     for _ in range(2):
         answer = json.loads(osmose("evaluate", "toy", "--steps", "2", "-n", 50, "--json").out)
@@ -324,7 +339,8 @@ def test_the_same_evaluation_twice_gives_the_same_scores(osmose, runs):
     assert found[0] == found[1]
 
 
-def test_an_archive_is_scored_like_the_run_it_came_from(osmose, runs):
+@pytest.mark.usefixtures("runs")
+def test_an_archive_is_scored_like_the_run_it_came_from(osmose):
     osmose("sample", "digits", "-n", 60, "--steps", 2, "--out", "x.npz", "--quiet")
     words = ["--metrics", "sw2,energy", "--json"]
     archive = json.loads(osmose("evaluate", "--samples", "x.npz", "--data", "digits", *words).out)["scores"]
@@ -336,7 +352,8 @@ def test_an_archive_is_scored_like_the_run_it_came_from(osmose, runs):
 # --- info -----------------------------------------------------------------------------------------------------------
 
 
-def test_info_of_a_run_says_what_it_is(osmose, runs):
+@pytest.mark.usefixtures("runs")
+def test_info_of_a_run_says_what_it_is(osmose):
     told = json.loads(osmose("info", "digits", "--json").out)
     model = library.load("digits")
     assert told["parameters"] == sum(value.numel() for value in model.parameters())
@@ -357,7 +374,8 @@ def test_info_of_data(osmose):
     assert "next: osmose train ddpm --data digits --out RUN" in page.out
 
 
-def test_info_of_a_run_that_has_no_weights_yet(osmose, runs):
+@pytest.mark.usefixtures("runs")
+def test_info_of_a_run_that_has_no_weights_yet(osmose):
     Path("toy/model.safetensors").unlink()
     Path("toy/metrics.jsonl").unlink()
     told = json.loads(osmose("info", "toy", "--json").out)

@@ -52,7 +52,6 @@ def test_the_variants_of_seed_003_have_their_sizes(options, expected):
         (UNetConfig(channels=8, mult=(1, 2, 2), attention=(14,)), (1, 28, 28)),
         (UNetConfig(channels=8), (3, 32, 32)),
         (UNetConfig(channels=8, mult=(1, 2, 2)), (2, 16, 32)),
-        (UNetConfig(channels=8, mult=(1, 2), patch=2, attention=(16, 8)), (3, 32, 32)),
         (UNetConfig(channels=8, mult=(1,), attention=()), (1, 7, 5)),
         (UNetConfig(channels=8, mult=(1, 2, 2, 2), attention=()), (1, 8, 8)),
         (UNetConfig(channels=8, mult=(1, 2), attention=(4,), padding="asymmetric"), (1, 8, 8)),
@@ -69,16 +68,6 @@ def test_shapes_and_the_zero_at_the_start(config, event_shape):
     assert perturbed.shape == x.shape
     assert bool((perturbed != 0).any())
     assert bool(perturbed.isfinite().all())
-
-
-def test_a_patch_folds_pixels_into_channels():
-    patched = built(UNetConfig(channels=8, mult=(1, 2), attention=(4,), patch=2), (3, 16, 16))
-    plain = built(UNetConfig(channels=8, mult=(1, 2), attention=(4,)), (12, 8, 8))
-    plain.load_state_dict(patched.state_dict())
-    x, label = torch.randn(2, 3, 16, 16), torch.tensor([1.0, 900.0])
-    squares = x.view(2, 3, 8, 2, 8, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 12, 8, 8)
-    out = plain(squares, label).view(2, 3, 2, 2, 8, 8).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 16, 16)
-    assert torch.allclose(patched(x, label), out, atol=1e-5)
 
 
 def test_every_parameter_learns_within_a_few_steps():
@@ -195,8 +184,6 @@ def test_a_base_of_24_channels_runs():
         (UNetConfig(), (1, 28, 28), r"mult: 4 levels need sides divisible by 8.*28x28; use at most 3 levels"),
         (UNetConfig(), (1, 32, 12), r"32x12; use at most 3 levels"),
         (UNetConfig(mult=(1, 2)), (1, 7, 7), r"2 levels need sides divisible by 2.*use at most 1 level or"),
-        (UNetConfig(mult=(1, 2, 2), patch=2), (1, 28, 28), r"first level is 14x14; use at most 2 levels"),
-        (UNetConfig(patch=3), (1, 28, 28), r"patch: 3 does not divide the sides of 28x28 images"),
         (UNetConfig(mult=(1, 2, 2)), (1, 28, 28), r"attention: 16 does not occur; the resolutions.*28, 14, 7"),
         (UNetConfig(attention=(16, 5)), (3, 32, 32), r"attention: 5 does not occur.*32, 16, 8, 4"),
         (UNetConfig(channels=10, mult=(1, 2), attention=(8,), heads=4), (1, 8, 8), r"heads: 4 does not divide the 10"),

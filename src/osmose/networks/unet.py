@@ -30,11 +30,11 @@ class UNetConfig(NetworkConfig):
     channels: int = Field(128, ge=4, multiple_of=2, description="width of the first level, C")
     mult: tuple[PositiveInt, ...] = Field((1, 2, 2, 2), min_length=1, description="width of each level, in units of C")
     blocks: int = Field(2, ge=1, description="residual blocks per level on the way down; one more on the way up")
-    patch: int = Field(1, ge=1, description="side of the squares of pixels folded into channels before the first level")
     attention: tuple[int, ...] = Field((16,), description="resolutions (larger side, in pixels) with self-attention")
     heads: int = Field(1, ge=1, description="attention heads")
     dropout: float = Field(0.0, ge=0, lt=1)
     norm_groups: int = Field(32, ge=1, description="groups of the normalisation, lowered on narrow levels")
+    group_channels: int = Field(4, ge=1, description="fewest channels in a group; 1 for foreign weights that have one")
     norm_eps: float = Field(1e-6, gt=0)
     padding: Literal["symmetric", "asymmetric"] = Field(
         "symmetric", description="of the stride-2 convolutions; asymmetric is TensorFlow's, for foreign weights"
@@ -59,14 +59,11 @@ class UNetConfig(NetworkConfig):
                 f"network: a unet needs images (channels, height, width), not events of shape {event_shape}"
             )
         _, *sides = event_shape
-        if any(side % self.patch for side in sides):
-            raise UserError(f"network.patch: {self.patch} does not divide the sides of {sides[0]}x{sides[1]} images")
-        sides = [side // self.patch for side in sides]
         factor = 2 ** (len(self.mult) - 1)
         if any(side % factor for side in sides):
             most = 1 + min((side & -side).bit_length() - 1 for side in sides)
             raise UserError(
-                f"network.mult: {len(self.mult)} levels need sides divisible by {factor}, but the first level is "
+                f"network.mult: {len(self.mult)} levels need sides divisible by {factor}, but the images are "
                 f"{sides[0]}x{sides[1]}; use at most {most} level{'s' if most > 1 else ''} or resize the images"
             )
         return [max(sides) // 2**level for level in range(len(self.mult))]
@@ -152,13 +149,13 @@ def _linearised(
 
 
 class _Norm(nn.GroupNorm):
-    """Group normalisation with as many of the wanted groups as divide the channels and leave four to a group.
+    """Group normalisation with as many of the wanted groups as divide the channels and leave enough to a group.
 
     With one channel to a group, adding a number to a whole channel changes nothing: the block would not see the time.
     """
 
     def __init__(self, config: UNetConfig, channels: int):
-        most = min(config.norm_groups, max(channels // 4, 1))
+        most = min(config.norm_groups, max(channels // config.group_channels, 1))
         groups = next(n for n in range(most, 0, -1) if channels % n == 0)
         super().__init__(groups, channels, eps=config.norm_eps)
 
@@ -281,7 +278,7 @@ class UNet(nn.Module):
                 f"{', '.join(map(str, resolutions))}"
             )
         channels, widths = config.channels, [config.channels * m for m in config.mult]
-        self.config, self.channels, data_channels = config, channels, event_shape[0] * config.patch**2
+        self.config, self.channels, data_channels = config, channels, event_shape[0]
         self.time_embedding = _TimeEmbedding(channels, 4 * channels)
         self.class_embedding = nn.Embedding(num_classes, 4 * channels) if num_classes else None
         self.conv_in = nn.Conv2d(data_channels, channels, 3, padding=1)
@@ -343,7 +340,7 @@ class UNet(nn.Module):
         if self.class_embedding is not None and condition is not None:
             embedding = embedding + self.class_embedding(condition)
         embedding = F.silu(embedding)  # every block applies SiLU to the same embedding: once is enough
-        x = self.conv_in(F.pixel_unshuffle(x, self.config.patch))
+        x = self.conv_in(x)
         skips = [x]
         for level in self._levels(self.down_blocks):
             for index in range(len(level.resnets)):
@@ -359,4 +356,5 @@ class UNet(nn.Module):
                 x = level.layer(index, torch.cat([x, skips.pop()], 1), embedding)
             for upsample in level.upsamplers:
                 x = upsample(x)
-        return F.pixel_shuffle(self.conv_out(self.conv_norm_out.silu(x)), self.config.patch)
+        out: Tensor = self.conv_out(self.conv_norm_out.silu(x))
+        return out
