@@ -1,5 +1,5 @@
 # Everything runs in .venv, which each target makes for itself on a fresh machine.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 # A fresh environment without pip's build isolation pulling a CUDA build: constraints.txt pins the tested versions.

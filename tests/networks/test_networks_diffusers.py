@@ -5,7 +5,7 @@ channels, mult                 block_out_channels = channels * mult, where mult 
 blocks                         layers_per_block
 attention (resolutions)        AttnDownBlock2D / AttnUpBlock2D at those levels
 heads = channels / width       attention_head_dim = the width of a head; None is one head
-norm_groups                    norm_num_groups, as long as four channels remain in each group
+norm_groups                    norm_num_groups; group_channels=1 where that leaves fewer than four channels to a group
 padding                        downsample_padding = 1 (symmetric) or 0 (asymmetric)
 (DDPM's embedding)             flip_sin_to_cos = False, freq_shift = 1
 """
@@ -17,6 +17,10 @@ from osmose.networks.unet import UNetConfig
 
 CASES = {
     "fashion": ((1, 28, 28), UNetConfig(channels=32, mult=(1, 2, 2), attention=(14,), norm_groups=8)),
+    "one channel to a group": (
+        (1, 28, 28),
+        UNetConfig(channels=32, mult=(1, 2, 2), attention=(14,), group_channels=1),
+    ),
     "cifar": ((3, 32, 32), UNetConfig(channels=16, mult=(1, 2, 2, 2), attention=(16,), norm_groups=4)),
     "digits": ((1, 8, 8), UNetConfig(channels=16, mult=(1, 2), attention=(8, 4), norm_groups=4)),
     "shallow": ((1, 8, 8), UNetConfig(channels=16, mult=(1,), blocks=1, attention=(), norm_groups=4)),

@@ -118,9 +118,9 @@ def test_killed_at_every_operation_on_files_it_resumes_to_the_same_folder(start,
         run = start(f"killed{k}")
         with interference(run.folder, killing(k)), pytest.raises(Killed):
             Trainer(run, dataset).fit()
-        # Once more, soon after: while it recovers from the first time, or a little later.
-        with interference(run.folder, killing(1 + 3 * k % 17)), contextlib.suppress(Killed):
-            Trainer(Run.open(run.folder), dataset).fit()
+        if k % 3 == 0:  # once more, soon after: while it recovers from the first time, or a little later
+            with interference(run.folder, killing(1 + k % 17)), contextlib.suppress(Killed):
+                Trainer(Run.open(run.folder), dataset).fit()
         resumed = Trainer(Run.open(run.folder), dataset)
         assert resumed.fit()
         assert contents(run.folder) == whole, f"killed at operation {k}"
@@ -132,7 +132,7 @@ def test_killed_at_random_moments_it_resumes_to_the_same_folder(tmp_path, conten
     from osmose.cli.main import main
 
     settings = "data.num_points=200 network.width=16 network.dropout=0.2 training.batch_size=16 training.log_every=1"
-    every = "training.checkpoint_every=3 training.validate_every=50 training.preview_every=1000 training.steps=250"
+    every = "training.checkpoint_every=3 training.validate_every=50 training.preview_every=1000 training.steps=150"
     common = ["--quiet", "--threads", "1"]
 
     def begin(name, *more):
@@ -172,7 +172,7 @@ def test_killed_at_random_moments_it_resumes_to_the_same_folder(tmp_path, conten
     process.join()
     assert process.exitcode == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    assert [line["step"] for line in Run.open(tmp_path / "killed").metrics() if "loss" in line] == list(range(1, 251))
+    assert [line["step"] for line in Run.open(tmp_path / "killed").metrics() if "loss" in line] == list(range(1, 151))
 
 
 class Signalled(Progress):

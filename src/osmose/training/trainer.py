@@ -247,7 +247,7 @@ class Window:
 
     def add(self, per_item: Tensor, t: Tensor | None) -> None:
         """Take in the losses (B,) of items at times t (B,)."""
-        loss = per_item.detach().double().cpu()
+        loss = per_item.detach().cpu().double()
         self.items += len(loss)
         self.sums[0, 0] += loss.sum()
         self.sums[1, 0] += len(loss)
