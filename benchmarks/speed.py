@@ -307,7 +307,7 @@ def report(results: dict[str, Any]) -> str:
         "`one head` is the same network as ours; `default heads` is what UNet2DModel gives when attention_head_dim is "
         "left alone (8 channels a head, the same parameters).",
         "",
-        "| case | precision | parameters | what | osmose | diffusers, one head | ratio | diffusers, default heads | ratio "
+        "| case | precision | parameters | what | osmose | diffusers, one head | ratio | default heads | ratio "
         "| peak MiB ours / one head | share of ceiling |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]

@@ -62,7 +62,7 @@ def train_osmose(root: str, seed: int, marks: list[float], folder: Path) -> None
 
 
 def train_diffusers(root: str, seed: int, marks: list[float], folder: Path) -> None:
-    """What diffusers' train_unconditional does with, its defaults, without its command line; the weights are kept under our names."""
+    """What diffusers' train_unconditional does with its defaults, without its command line."""
     import torch
     from diffusers import DDPMScheduler, UNet2DModel
     from diffusers.optimization import get_scheduler
@@ -204,7 +204,9 @@ def summarise(marks: list[float], seeds: int, folder: Path, out: Path) -> None:
         mean = [statistics.mean(fd(run[i]) for run in curves[side]) for i in range(len(marks))]
         axes.plot(marks, mean, color=colour, linewidth=2.5, label=f"{side} (mean of {seeds} seeds)")
     axes.axhline(floor, color="0.3", linestyle=":", label="real data")
-    axes.set(xscale="log", yscale="log", xlabel="CPU seconds of training, one thread", ylabel="fd_clf (lower is better)")
+    axes.set(
+        xscale="log", yscale="log", xlabel="CPU seconds of training, one thread", ylabel="fd_clf (lower is better)"
+    )
     axes.set_title("Fashion-MNIST, 12 network evaluations a sample", fontsize=10)
     axes.legend(fontsize=8)
     figure.savefig(out / "time_to_quality.png")

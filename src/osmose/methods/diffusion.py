@@ -112,7 +112,7 @@ class Diffusion(GenerativeModel):
     def __init__(self, config: DiffusionConfig, spec: DataSpec):
         super().__init__(config, spec)
         self.schedule = config.schedule
-        TimeGrid.of(config.schedule, config.sampling.num_steps, config.sampling.spacing)  # refused now, not after training
+        TimeGrid.of(config.schedule, config.sampling.num_steps, config.sampling.spacing)  # refuses before training
         network = config.network.build(spec.shape, num_classes=spec.num_classes if config.conditional else None)
         self.denoiser = NetworkDenoiser(network, config.schedule, config.parametrization)
         self.times = config.times.build(config.schedule)
