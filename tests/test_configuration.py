@@ -30,7 +30,7 @@ class Disc(Shape):
 
 
 SHAPES = Registry("shape", {"square": (f"{__name__}:Square", "a square"), "disc": (f"{__name__}:Disc", "a disc")})
-AnyShape = Annotated[SerializeAsAny[Shape], BeforeValidator(SHAPES.validate)]
+AnyShape = Annotated[SerializeAsAny[Shape], BeforeValidator(SHAPES.parse)]
 
 
 class Inner(Config):

@@ -176,7 +176,3 @@ class Registry:
         except UserError as error:
             raise ConfigError("kind", str(error)) from None
         return cls.parse(value)
-
-    def validate(self, value: Any) -> Any:
-        """`parse`, under the name that fields use as their pydantic before-validator."""
-        return self.parse(value)

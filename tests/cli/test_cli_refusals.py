@@ -398,7 +398,6 @@ def test_evaluation_is_refused(refused, words, message):
     assert message in refused("evaluate", "toy", "--steps", "2", "-n", "20", *words)
 
 
-@pytest.mark.xfail(strict=True, reason="GenerativeModel.sampling does not compare num_steps with the schedule's")
 @pytest.mark.usefixtures("runs")
 def test_too_many_steps_are_refused_before_the_first_are_scored(refused):
     assert "num_steps: 2000" in refused("evaluate", "toy", "--steps", "2,2000", "-n", "20")
@@ -449,18 +448,15 @@ def test_runs_that_cannot_be_compared_are_refused(osmose, refused):
     assert "required, but not given" in refused("compare", "toy")
 
 
-NAMELESS = pytest.mark.xfail(strict=True, reason="read_evaluations takes for granted that the JSON is its own")
-
-
 @pytest.mark.parametrize(
     "text",
     [
         "",
         "{'evaluations': []}",
-        pytest.param("[]", marks=NAMELESS),
-        pytest.param("{}", marks=NAMELESS),
-        pytest.param('{"evaluations": 3}', marks=NAMELESS),
-        pytest.param('{"evaluations": [3]}', marks=NAMELESS),
+        "[]",
+        "{}",
+        '{"evaluations": 3}',
+        '{"evaluations": [3]}',
     ],
 )
 @pytest.mark.usefixtures("runs")

@@ -16,7 +16,7 @@ from osmose.networks.unet import UNetConfig
 CONFIGS = [
     DDPMConfig(network=UNetConfig()),
     DDPMConfig(
-        network=UNetConfig(channels=24, mult=(1, 3), attention=(), patch=2, padding="asymmetric"),
+        network=UNetConfig(channels=24, mult=(1, 3), attention=(), group_channels=2, padding="asymmetric"),
         schedule=CosineSchedule(num_steps=4000, offset=0.01),
         parametrization=VParametrization(),
         times=LogNormalTimes(mean=0.5, stratified=True),

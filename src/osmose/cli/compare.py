@@ -17,7 +17,8 @@ class Compare:
     """Put evaluated runs side by side: a Markdown and a CSV table, and quality against seconds per sample.
 
     Every evaluation that the runs' evaluation.json hold is a row, so score each run first, at the numbers of steps that
-    matter: osmose evaluate RUN --steps 4,20,100
+    matter: osmose evaluate RUN --steps 4,20,100. Distances depend on the number of samples, so only evaluations with
+    the same number are compared: the largest that all runs have.
     """
 
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN RUN ...", help="run folders")] = ()
@@ -31,7 +32,7 @@ class Compare:
         from rich.table import Table
 
         from osmose.analysis.cost import num_parameters
-        from osmose.metrics.comparison import Row, write_comparison
+        from osmose.metrics.comparison import Row, same_count, write_comparison
         from osmose.metrics.evaluation import headline, read_evaluations
         from osmose.training.run import Run
 
@@ -45,6 +46,7 @@ class Compare:
                 raise UserError(f"{folder}: its weights have not been evaluated yet; run: osmose evaluate {folder}")
             parameters = num_parameters(run.model())
             rows += [Row(run, parameters, evaluation) for evaluation in evaluations]
+        rows = same_count(rows)
         paths = write_comparison(rows, self.out)
         metric = headline([row.evaluation for row in rows])
         cells = [row.cells() for row in rows]

@@ -15,7 +15,7 @@ from osmose.errors import UserError
 
 def to_images(data: Tensor, spec: DataSpec) -> np.ndarray:
     """Images in data units (n, C, H, W), C = 1 or 3, as uint8 (n, H, W, C) over the data's range."""
-    if spec.kind != "image" or spec.shape[0] not in (1, 3) or spec.range is None:
+    if spec.kind != "image" or spec.range is None or not has_picture(spec):
         raise UserError(f"data of kind {spec.kind!r} and shape {spec.shape} cannot be shown as images")
     low, high = spec.range
     scaled = ((data.float() - low) * (255 / (high - low))).round().clamp(0, 255)
@@ -57,14 +57,19 @@ def scatter(data: Tensor, reference: Tensor | None = None) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
+def has_picture(spec: DataSpec) -> bool:
+    """Whether `picture` can show data of this form."""
+    if spec.kind == "image":
+        return spec.shape[0] in (1, 3) and spec.range is not None
+    return len(spec.shape) == 1 and spec.shape[0] >= 2
+
+
 def picture(data: Tensor, spec: DataSpec, reference: Tensor | None = None) -> Image.Image:
     """The picture that suits the data's kind: a grid of images or a scatter of points.
 
     Raises:
         UserError: data that have no picture (one-dimensional points, other channel counts).
     """
-    if spec.kind == "image":
-        return image_grid(data, spec)
-    if len(spec.shape) == 1 and spec.shape[0] >= 2:
-        return scatter(data, reference)
-    raise UserError(f"data of kind {spec.kind!r} and shape {spec.shape} have no picture; write .npz instead")
+    if not has_picture(spec):
+        raise UserError(f"data of kind {spec.kind!r} and shape {spec.shape} have no picture; write .npz instead")
+    return image_grid(data, spec) if spec.kind == "image" else scatter(data, reference)

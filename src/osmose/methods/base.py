@@ -23,7 +23,7 @@ from osmose.networks import NETWORKS
 from osmose.networks.base import NetworkConfig
 
 #: A field that holds any registered network.
-NetworkChoice = Annotated[SerializeAsAny[NetworkConfig], BeforeValidator(NETWORKS.validate)]
+NetworkChoice = Annotated[SerializeAsAny[NetworkConfig], BeforeValidator(NETWORKS.parse)]
 
 #: Called after each solver step with the number of steps done and the number in all.
 OnStep = Callable[[int, int], None]

@@ -39,11 +39,11 @@ from osmose.methods.base import (
 from osmose.methods.times import LogNormalTimes, TimeSamplerConfig, UniformTimes
 from osmose.networks.presets import network_for
 
-ScheduleChoice = Annotated[SerializeAsAny[Schedule], BeforeValidator(SCHEDULES.validate)]
-ParametrizationChoice = Annotated[SerializeAsAny[Parametrization], BeforeValidator(PARAMETRIZATIONS.validate)]
-NoiseChoice = Annotated[SerializeAsAny[Noise], BeforeValidator(NOISES.validate)]
-SolverChoice = Annotated[SerializeAsAny[Solver], BeforeValidator(SOLVERS.validate)]
-TimesChoice = Annotated[SerializeAsAny[TimeSamplerConfig], BeforeValidator(TIME_SAMPLERS.validate)]
+ScheduleChoice = Annotated[SerializeAsAny[Schedule], BeforeValidator(SCHEDULES.parse)]
+ParametrizationChoice = Annotated[SerializeAsAny[Parametrization], BeforeValidator(PARAMETRIZATIONS.parse)]
+NoiseChoice = Annotated[SerializeAsAny[Noise], BeforeValidator(NOISES.parse)]
+SolverChoice = Annotated[SerializeAsAny[Solver], BeforeValidator(SOLVERS.parse)]
+TimesChoice = Annotated[SerializeAsAny[TimeSamplerConfig], BeforeValidator(TIME_SAMPLERS.parse)]
 
 
 class GaussianSampling(SamplingConfig):
@@ -112,10 +112,16 @@ class Diffusion(GenerativeModel):
     def __init__(self, config: DiffusionConfig, spec: DataSpec):
         super().__init__(config, spec)
         self.schedule = config.schedule
-        TimeGrid.of(config.schedule, config.sampling.num_steps, config.sampling.spacing)  # refuses before training
+        self.sampling()  # refuses before training
         network = config.network.build(spec.shape, num_classes=spec.num_classes if config.conditional else None)
         self.denoiser = NetworkDenoiser(network, config.schedule, config.parametrization)
         self.times = config.times.build(config.schedule)
+
+    def sampling(self, **options: Any) -> SamplingConfig:
+        sampling = super().sampling(**options)
+        assert isinstance(sampling, GaussianSampling)
+        TimeGrid.of(self.schedule, sampling.num_steps, sampling.spacing)  # refuses what does not fit the schedule
+        return sampling
 
     def networks(self) -> list[nn.Module]:
         return [self.denoiser.network]

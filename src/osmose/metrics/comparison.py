@@ -51,6 +51,13 @@ class Row:
         return cells
 
 
+def same_count(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the largest number of samples that every run has; all rows where the runs share none."""
+    counts = [{row.evaluation.n for row in rows if row.run is run} for run in {id(r.run): r.run for r in rows}.values()]
+    shared = set.intersection(*counts)
+    return [row for row in rows if row.evaluation.n == max(shared)] if shared else list(rows)
+
+
 def check_comparable(rows: Sequence[Row]) -> None:
     """Refuse to compare what cannot be compared.
 

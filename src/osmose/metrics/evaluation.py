@@ -11,8 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from osmose.configuration import Config
+from osmose.configuration import Config, ConfigError
 from osmose.data.dataset import Dataset
+from osmose.errors import UserError
 from osmose.methods.base import GenerativeModel, OnStep
 from osmose.metrics.evaluate import Score, score_samples
 from osmose.metrics.features import FeatureNetwork
@@ -43,6 +44,12 @@ class Evaluation(Config):
     def score(self, name: str) -> Score | None:
         """The score of a metric, if it was computed."""
         return next((score for score in self.scores if score.name == name), None)
+
+
+class EvaluationFile(Config):
+    """The content of evaluation.json."""
+
+    evaluations: list[Evaluation]
 
 
 def default_count(dataset: Dataset) -> int:
@@ -127,12 +134,20 @@ def peak_memory() -> int:
 
 
 def read_evaluations(run: Run) -> list[Evaluation]:
-    """What evaluation.json holds of the run's present weights; older weights' scores are passed over."""
+    """What evaluation.json holds of the run's present weights; older weights' scores are passed over.
+
+    Raises:
+        UserError: an evaluation.json that osmose did not write; the message names it.
+    """
     path = run.folder / "evaluation.json"
     if not path.is_file() or not run.weights.is_file():
         return []
+    try:
+        evaluations = EvaluationFile.parse(files.read_json(path)).evaluations
+    except ConfigError as error:
+        raise UserError(f"{path}: not written by osmose ({error})") from None
     weights = run.hash()
-    return [e for e in map(Evaluation.parse, files.read_json(path)["evaluations"]) if e.weights_sha256 == weights]
+    return [evaluation for evaluation in evaluations if evaluation.weights_sha256 == weights]
 
 
 def record(run: Run, evaluation: Evaluation) -> None:

@@ -15,7 +15,7 @@ from osmose.methods import METHODS
 from osmose.methods.base import MethodConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-MethodChoice = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(METHODS.validate)]
+MethodChoice = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(METHODS.parse)]
 
 
 class TrainingConfig(Config):

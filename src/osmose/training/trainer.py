@@ -15,7 +15,7 @@ from torch import Tensor
 
 from osmose.data.batches import BatchOrder
 from osmose.data.dataset import Dataset
-from osmose.data.pictures import picture
+from osmose.data.pictures import has_picture, picture
 from osmose.errors import UserError
 from osmose.gaussian.draws import StepDraws, mix, seeded
 from osmose.methods.base import Batch, GenerativeModel
@@ -183,10 +183,10 @@ class Trainer:
 
     def preview(self) -> None:
         """Write a grid of samples of the averaged weights to samples/; the same noise every time."""
-        if not self.is_main:
+        if not self.is_main or not has_picture(self.run.config.spec):
             return
         path = self.run.folder / "samples" / f"step_{self.step:08d}.png"
-        with self.ema.applied(), contextlib.suppress(UserError):  # data without a picture are trained without one
+        with self.ema.applied():
             grid = picture(self.model.sample(self.config.preview_samples, seed=self.seed).data, self.run.config.spec)
             with files.replacing(path) as temporary:
                 grid.save(temporary, format="png")
