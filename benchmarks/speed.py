@@ -39,7 +39,7 @@ class Osmose:
 
         from osmose import Run, Trainer, recipe
         from osmose.data.dataset import DataConfig, Dataset, DataSpec
-        from osmose.training.trainer import Window
+        from osmose.training.window import Window
 
         spec = DataSpec(kind="image", shape=case["shape"], range=(0, 255), levels=256, shift=(127.5,), scale=(127.5,))
         images = torch.randint(0, 256, (512, *case["shape"]), dtype=torch.uint8)

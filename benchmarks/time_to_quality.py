@@ -53,7 +53,7 @@ def train_osmose(
     """Train a recipe; keep the averaged weights at each mark."""
     from osmose import DataConfig, Run, Trainer, recipe
     from osmose.training import files
-    from osmose.training.trainer import Window
+    from osmose.training.window import Window
 
     data = DataConfig(source="fashion-mnist", root=root)
     dataset = data.load()
@@ -245,7 +245,7 @@ def summarise(marks: list[float], seeds: int, folder: Path, out: Path) -> None:
         images = [statistics.mean(run[i]["images"] for run in curves[side]) / 1000 for i in range(len(marks))]
         lines.append(f"| {side} images seen (thousands) | " + " | ".join(f"{n:.0f}" for n in images) + " |")
     lines += ["", f"Real data score {floor:.2f} (mean ± deviation over {seeds} seeds above). "
-              f"diffusers' final scores: {', '.join(f'{t:.1f}' for t in targets)}; osmose had reached them by the mark at "
+              f"diffusers ends at {', '.join(f'{t:.1f}' for t in targets)}; osmose had reached that by the mark at "
               f"{', '.join('not reached' if r is None else f'{r:.0f} s' for r in reached)} of {marks[-1]:g} s.", "",
               "![curves](time_to_quality.png)"]  # fmt: skip
     (out / "time_to_quality.md").write_text("\n".join(lines) + "\n")

@@ -16,7 +16,8 @@ from osmose.training.config import TrainingConfig
 from osmose.training.ema import EMA
 from osmose.training.progress import Progress
 from osmose.training.run import Run
-from osmose.training.trainer import Trainer, Window
+from osmose.training.trainer import Trainer
+from osmose.training.window import Window
 
 # --- averaged weights -----------------------------------------------------------------------------------------------
 

@@ -132,7 +132,8 @@ class Diffusion(GenerativeModel):
         eps = self.config.noise.sample(draws, self.spec.shape).to(batch.x0.dtype)
         out = self.denoiser.output(noised(batch.x0, eps, level), level, batch.condition)
         per_item = (out - self.denoiser.target(batch.x0, eps, level)).square().flatten(1).mean(1)
-        self.times.observe(t, per_item.detach())
+        if self.training:
+            self.times.observe(t, per_item.detach())
         return LossTerms(per_item if weight is None else per_item * column(weight, per_item), t)
 
     def generate(
