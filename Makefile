@@ -2,10 +2,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
-# A fresh environment without pip's build isolation pulling a CUDA build: constraints.txt pins the tested versions.
+# constraints.txt pins the versions that are tested.
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMP  := $(VENV)/.ready
-OUT    ?= runs/demo
+DEMO   := runs/demo
 
 .PHONY: demo test lint bench clean help
 
@@ -13,24 +13,24 @@ help:
 	@echo "make demo   set up, train the default model on the embedded digits, show samples and scores (about 5 minutes)"
 	@echo "make test   set up, then lint, type check, import check and all tests: what CI runs"
 	@echo "make lint   the checks without the tests"
-	@echo "make bench  speed and memory side by side with diffusers (about 15 minutes)"
+	@echo "make bench  speed and memory side by side with diffusers (about 15 minutes), and the time to quality"
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "== setting up $(VENV) (a few minutes the first time)"
-	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; set PYTHON to a Python >= 3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: set PYTHON to a Python >= 3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP)
-	@echo "== training the default model on 1,617 handwritten digits into $(OUT)"
-	@rm -rf $(OUT)
-	$(BIN)/osmose train ddpm --data digits --out $(OUT) --seed 0
+	@echo "== training the default model on 1,617 handwritten digits into $(DEMO)"
+	@rm -rf $(DEMO)
+	$(BIN)/osmose train ddpm --data digits --out $(DEMO) --seed 0
 	@echo "== sampling"
-	$(BIN)/osmose sample $(OUT) -n 64 --out $(OUT)/digits.png
+	$(BIN)/osmose sample $(DEMO) -n 64 --out $(DEMO)/digits.png
 	@echo "== scoring against real digits (the column 'real data' is what real digits score)"
-	$(BIN)/osmose evaluate $(OUT)
-	@echo "== look at $(OUT)/digits.png"
+	$(BIN)/osmose evaluate $(DEMO)
+	@echo "== look at $(DEMO)/digits.png"
 
 lint: $(STAMP)
 	@echo "== ruff, mypy, imports run downhill"
@@ -46,6 +46,9 @@ test: lint
 bench: $(STAMP)
 	$(PIP) -e '.[bench]'
 	$(BIN)/python benchmarks/speed.py --out benchmarks/results
+	@if [ -n "$$OSMOSE_DATA_ROOT" ]; then \
+		$(BIN)/python benchmarks/time_to_quality.py --data-root "$$OSMOSE_DATA_ROOT"; \
+	else echo "== set OSMOSE_DATA_ROOT to the folder that holds fashion-mnist/ to measure the time to quality as well"; fi
 
 clean:
 	rm -rf $(VENV) runs/demo build dist .mypy_cache .ruff_cache .pytest_cache

@@ -194,7 +194,7 @@ def sampler_overhead() -> list[dict[str, Any]]:
     import torch
     from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-    from osmose.gaussian.denoiser import NetworkDenoiser
+    from osmose.gaussian.denoiser import Clipped, NetworkDenoiser
     from osmose.gaussian.draws import SampleDraws
     from osmose.gaussian.grid import TimeGrid
     from osmose.gaussian.parametrization import EpsParametrization
@@ -207,7 +207,8 @@ def sampler_overhead() -> list[dict[str, Any]]:
 
     torch.set_num_threads(1)
     schedule, shape, steps = LinearSchedule(), (1, 1, 28, 28), 250
-    denoiser = NetworkDenoiser(Empty(), schedule, EpsParametrization()).eval()
+    # Both sides clip the estimate to the data's range, which is their default.
+    denoiser = Clipped(NetworkDenoiser(Empty(), schedule, EpsParametrization()).eval(), -1.0, 1.0)
     grid = TimeGrid.of(schedule, steps)
     rows = []
     pairs = (
@@ -257,11 +258,12 @@ def import_times() -> dict[str, float]:
 def side_by_side(case: str, precision: str, rounds: int) -> dict[str, Any]:
     """Train and sample in turns; medians of what each spent, and of the ratios round by round."""
     libraries = ["osmose", "diffusers", "diffusers-default-heads"]
-    workers = {library: Worker(library, case, precision) for library in libraries}
     batch = CASES[case]["batch"]
     result: dict[str, Any] = {"case": case, "precision": precision, "rounds": rounds}
-    result["parameters"] = {library: worker.facts["parameters"] for library, worker in workers.items()}
     for verb, count in (("train", 2), ("sample", 1)):
+        # New processes for each verb: the peak memory of sampling is not that of the training before it.
+        workers = {library: Worker(library, case, precision) for library in libraries}
+        result["parameters"] = {library: worker.facts["parameters"] for library, worker in workers.items()}
         spent: dict[str, list[dict[str, float]]] = {library: [] for library in libraries}
         for worker in workers.values():
             worker.do(verb, 1)
@@ -277,8 +279,8 @@ def side_by_side(case: str, precision: str, rounds: int) -> dict[str, Any]:
             result[f"{verb}_peak_{library}"] = spent[library][-1]["peak"] / 2**20
         print(f"{case} {precision} {verb}: " + ", ".join(
             f"{library} {result[f'{verb}_cpu_{library}']:.2f}" for library in libraries), file=sys.stderr)  # fmt: skip
-    for worker in workers.values():
-        worker.close()
+        for worker in workers.values():
+            worker.close()
     return result
 
 

@@ -87,10 +87,16 @@ def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     """Return nested `values` with dotted `changes` applied.
 
     A plain string given for a part that has a `kind` selects that kind with its own defaults
-    (`{"schedule": "cosine"}`); later changes (`{"schedule.num_steps": 100}`) apply to the new kind.
+    (`{"schedule": "cosine"}`), unless it has that kind already. Kinds are chosen first, outer ones before inner ones,
+    and fields set after (`{"schedule.num_steps": 100}`), whatever the order in which they are given.
     """
     result = json.loads(json.dumps(values))
-    for path, value in changes.items():
+
+    def selects(path: str, value: Any) -> bool:
+        return path.endswith(".kind") or (isinstance(value, str) and isinstance(value_at(result, path), dict))
+
+    ordered = sorted(changes.items(), key=lambda change: (not selects(*change), change[0].count(".")))
+    for path, value in ordered:
         *parents, leaf = path.split(".")
         place = result
         for depth, parent in enumerate(parents):
@@ -105,8 +111,18 @@ def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
             place = inner
         if leaf == "kind" and place.get("kind") != value:
             place.clear()
+        held = place.get(leaf)
+        if isinstance(held, dict) and isinstance(value, str):
+            value = held if held.get("kind") == value else {"kind": value}
         place[leaf] = value
     return result
+
+
+def value_at(values: Any, path: str) -> Any:
+    """What nested `values` hold at a dotted path, None where there is nothing."""
+    for part in path.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
 
 
 def read_override(text: str) -> tuple[str, Any]:

@@ -130,3 +130,9 @@ def test_mix_is_pinned():
     assert mix(0, "sample", 0) == pinned
     drawn = torch.rand(1, generator=seeded(0, "sample", 0))
     assert torch.equal(drawn, torch.rand(1, generator=torch.Generator().manual_seed(pinned)))
+
+
+def test_many_samples_of_a_seed_are_all_different():
+    # With 32 bits of seed these two were one and the same.
+    one, other = (SampleDraws(0, index, 1).normal((8,)) for index in (23088, 112271))
+    assert not torch.equal(one, other)

@@ -48,8 +48,8 @@ def test_linear_endpoints_scale_with_the_number_of_steps(num_steps):
 def test_linear_ends_almost_at_pure_noise():
     assert LinearSchedule().alpha(1.0).item() ** 2 == pytest.approx(4.04e-5, rel=2e-3)
     assert LinearSchedule(num_steps=100).alpha(1.0).item() ** 2 == pytest.approx(2.1e-5, rel=0.05)
-    seed003 = LinearSchedule(num_steps=100, beta_start=4e-5, beta_end=0.018)
-    assert seed003.alpha(1.0).item() ** 2 == pytest.approx(6.6e-5, rel=0.02)
+    short_chain = LinearSchedule(num_steps=100, beta_start=4e-5, beta_end=0.018)
+    assert short_chain.alpha(1.0).item() ** 2 == pytest.approx(6.6e-5, rel=0.02)
 
 
 @pytest.mark.parametrize("num_steps", [1000, 4000])

@@ -3,7 +3,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from osmose.networks.unet import UNetConfig, _Attention, _NormSiLU, _Upsample
+from osmose.networks.unet import UNetConfig, _Attention, _Norm, _NormSiLU, _Upsample
 
 
 def inputs(shape=(2, 8, 2, 3), channels=8):
@@ -159,3 +159,14 @@ def test_both_ways_to_attend_agree(heads, monkeypatch):
     mixed = torch.einsum("bhij,bjhc->bihc", scores.softmax(-1), v).flatten(2)
     want = x + layer.to_out[0](mixed).mT.unflatten(2, (4, 6))
     assert torch.allclose(short, want, rtol=1e-9, atol=1e-10)
+
+
+def test_normalisation_takes_activations_in_bf16_and_parameters_in_float32():
+    norm = _Norm(UNetConfig(), 16)
+    x = torch.randn(2, 16, 4, 4).bfloat16().requires_grad_()
+    out = norm.silu(x)
+    out.float().square().sum().backward()
+    assert out.dtype == x.grad.dtype == torch.bfloat16
+    assert norm.weight.grad.dtype == torch.float32
+    exact = torch.nn.functional.silu(norm(x.detach().float()))
+    assert (out.float() - exact).abs().max() < 0.05

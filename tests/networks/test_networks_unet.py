@@ -39,7 +39,7 @@ def test_the_default_has_the_published_size():
         ({"mult": (1, 2, 2), "blocks": 1}, 17_714_563),
     ],
 )
-def test_the_variants_of_seed_003_have_their_sizes(options, expected):
+def test_published_variants_have_their_sizes(options, expected):
     with torch.device("meta"):
         network = UNetConfig(**options).build((3, 32, 32))
     assert count(network) == expected

@@ -125,6 +125,20 @@ def _one_line(text: str, verb: str) -> str:
     return f"{words.split(' For full helptext')[0]}; see osmose {verb} --help"
 
 
+def sampling_options(overrides: dict[str, Any], **flags: Any) -> dict[str, Any]:
+    """What flags and overrides say about sampling, each thing once.
+
+    Raises:
+        UserError: an option given both ways.
+    """
+    said = {name: value for name, value in flags.items() if value is not None}
+    options = {name.removeprefix("sampling."): value for name, value in overrides.items()}
+    for name in said:
+        if name in options:
+            raise UserError(f"{name}: given twice, as a flag and as {name}={options[name]}")
+    return said | options
+
+
 @contextlib.contextmanager
 def quiet_warnings() -> Iterator[None]:
     """Print warnings as one line each, without the place in the source."""

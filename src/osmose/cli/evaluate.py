@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, Suppress, arg
 
-from osmose.cli.command import Result, quiet_warnings, sampling_bar
+from osmose.cli.command import Result, quiet_warnings, sampling_bar, sampling_options
 from osmose.errors import UserError
 
 
@@ -35,7 +35,7 @@ class Evaluate:
         None
     )
     samples: Annotated[Path | None, arg(help="score the array `samples` of an .npz instead of a run")] = None
-    data: Annotated[str | None, arg(help="the real data of --samples")] = None
+    data: Annotated[str | None, arg(help="the real data of --samples; or where the data of the run are now")] = None
     data_root: Annotated[Path | None, arg(help="where the data lie, if not where the run found them")] = None
     seed: Annotated[int, arg(help="of the samples and of the metrics")] = 0
     batch_size: Annotated[int | None, arg(help="samples computed together")] = None
@@ -78,15 +78,17 @@ class Evaluate:
         run = Run.open(folder)
         model = run.model(device(self.device))
         steps = _numbers(self.steps) if self.steps else [None]
-        for number in steps:
-            model.sampling(num_steps=number, solver=self.solver, **self.overrides)
-        data = run.config.data.replace(root=str(self.data_root)) if self.data_root else run.config.data
+        ways = [sampling_options(self.overrides, num_steps=number, solver=self.solver) for number in steps]
+        for options in ways:
+            model.sampling(**options)
+        moved = {"source": self.data, "root": str(self.data_root) if self.data_root else None}
+        data = run.config.data.replace(**{name: value for name, value in moved.items() if value is not None})
         dataset = data.load()
         if dataset.identity != run.config.identity:
             raise UserError(f"data: {data.source!r} is not the data this run was trained on (its hash differs)")
         lines: list[Any] = []
         values = []
-        for number in steps:
+        for options in ways:
             with sampling_bar(f"sampling {folder}", not (self.quiet or self.json)) as on_step:
                 evaluation, _ = evaluate_run(
                     run,
@@ -99,9 +101,7 @@ class Evaluate:
                     batch_size=self.batch_size,
                     on_step=on_step,
                     model=model,
-                    num_steps=number,
-                    solver=self.solver,
-                    **self.overrides,
+                    **options,
                 )
             record(run, evaluation)
             values.append(evaluation.to_json())
@@ -127,6 +127,10 @@ class Evaluate:
 
         if self.data is None or self.samples is None:
             raise UserError("--data: required with --samples: the real data to compare with")
+        unused = {"--steps": self.steps, "-n": self.num, "--solver": self.solver, "--batch-size": self.batch_size}
+        for name, value in {**unused, **self.overrides}.items():
+            if value is not None:
+                raise UserError(f"{name}: has no meaning with --samples, which are drawn already")
         root = {"root": str(self.data_root)} if self.data_root else {}
         dataset = DataConfig.parse({"source": self.data, **root}).load()
         samples = torch.from_numpy(read_samples(self.samples)).float()

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, Suppress, arg
 
-from osmose.cli.command import Result, quiet_warnings, sampling_bar
+from osmose.cli.command import Result, quiet_warnings, sampling_bar, sampling_options
 from osmose.errors import UserError
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -58,7 +58,7 @@ class Sample:
         if self.out.is_dir():
             raise UserError(f"--out: {self.out} is a folder")
         model = Run.open(self.model).model(device(self.device))
-        options = {"num_steps": self.steps, "solver": self.solver, **self.overrides}
+        options = sampling_options(self.overrides, num_steps=self.steps, solver=self.solver)
         model.sampling(**options)  # refuses before anything is created
         with quiet_warnings(), sampling_bar("sampling", not (self.quiet or self.json)) as on_step:
             parts = model.stream(

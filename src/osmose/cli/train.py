@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, Suppress, arg
 
 from osmose.cli.command import Result, quiet_warnings
-from osmose.configuration import ConfigError, override
+from osmose.configuration import ConfigError, override, value_at
 from osmose.data import SOURCES
 from osmose.errors import UserError
 from osmose.methods import METHODS
@@ -88,7 +88,8 @@ class Train:
     def _changes(self) -> dict[str, Any]:
         """What was said, by the names that config.json uses (`network.` there stands under `method.`)."""
         said = {path: getattr(self, name) for name, path in _SAID.items()}
-        return {k: v for k, v in said.items() if v is not None and v is not False} | self.overrides
+        overrides = {name.removeprefix("method."): value for name, value in self.overrides.items()}
+        return {k: v for k, v in said.items() if v is not None and v is not False} | overrides
 
     def _start(self, out: Path) -> Result:
         if self.method is None:
@@ -128,16 +129,17 @@ class Train:
         }
         stored = run.config.to_json()
         try:
-            wanted = type(run.config).parse(override(stored, changes)).to_json()
+            config = type(run.config).parse(override(stored, changes))
         except ConfigError as error:
             raise UserError(str(error).removeprefix("method.")) from None
+        wanted = config.to_json()
         for path in sorted(changes):
-            before, after = _at(stored, path), _at(wanted, path)
+            before, after = value_at(stored, path), value_at(wanted, path)
             if before != after and path != "data.root":
                 name = path.removeprefix("method.")
                 raise UserError(f"{name}: {after!r} given, but {out} was started with {before!r}; resume without it")
         with quiet_warnings():
-            dataset = type(run.config.data).parse(wanted["data"]).load()
+            dataset = config.data.load()
         return self._train(run, dataset)
 
     def _train(self, run: Any, dataset: Any) -> Result:
@@ -162,9 +164,3 @@ class Train:
         loss = f"held-out loss {last['validation_loss']:.4f}" if last else ""
         wrote = [f"wrote {run.folder}: {len(dataset.train)} items, {trainer.step} steps, {loss}"]
         return Result(values, wrote, f"osmose sample {run.folder} -n 64 --out samples.png")
-
-
-def _at(values: Any, path: str) -> Any:
-    for part in path.split("."):
-        values = values.get(part) if isinstance(values, dict) else None
-    return values

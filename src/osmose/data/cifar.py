@@ -113,8 +113,10 @@ def pack_sheets(sheets: str | Path, target: str | Path) -> None:
             raise UserError(f"{sheets}: {len(values)} {key} tiles but {len(labels[key])} labels; one each is needed")
         arrays[key], arrays[f"{key}_labels"] = values, labels[key]
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("wb") as file:
+    part = target.with_name(f".{target.name}.part")
+    with part.open("wb") as file:
         np.savez(file, **arrays)
+    part.replace(target)
 
 
 def read_sheet(path: Path) -> np.ndarray:

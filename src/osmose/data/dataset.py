@@ -53,10 +53,13 @@ class DataSpec(Config):
 
     @property
     def model_range(self) -> tuple[float, float] | None:
-        """`range` in the model's units, or None for unbounded data."""
+        """The interval that holds `range` in the model's units, over all channels, or None for unbounded data."""
         if self.range is None:
             return None
-        return (self.range[0] - max(self.shift)) / max(self.scale), (self.range[1] - min(self.shift)) / max(self.scale)
+        channels = max(len(self.shift), len(self.scale))
+        affine = [(self.shift[i % len(self.shift)], self.scale[i % len(self.scale)]) for i in range(channels)]
+        low, high = self.range
+        return min((low - a) / b for a, b in affine), max((high - a) / b for a, b in affine)
 
     def encode(self, x: Tensor) -> Tensor:
         """Data units (B, *shape), any dtype, to model units, float32."""
@@ -137,11 +140,16 @@ class Dataset:
         return (self.train, self.train_labels) if name == "train" else (self.held_out, self.held_out_labels)
 
 
+#: Sources of images in files of their own, which can be resized, converted, or left out when they are broken.
+_IMAGE_FILES = ("folder", "hub")
+
+
 class DataConfig(Config):
     """Which data to use and how to read it."""
 
     source: str = Field(description="NAME or NAME:ARGUMENT, for example digits or folder:photos")
-    root: Path | None = Field(None, description="folder that holds mnist/, fashion-mnist/ or cifar10/")
+    #: Not part of a run's record: where the data lie on a machine is nobody else's business.
+    root: Path | None = Field(None, exclude=True, description="folder that holds mnist/, fashion-mnist/ or cifar10/")
     size: int | None = Field(None, ge=1, description="side to which images of other sizes are brought (folder, hub)")
     channels: Literal[1, 3] | None = Field(None, description="1 converts images to grey, 3 to colour (folder, hub)")
     held_out: float = Field(0.1, gt=0, lt=1, description="share held out where the data brings no test part")
@@ -157,5 +165,13 @@ class DataConfig(Config):
         """
         name, _, argument = self.source.partition(":")
         loader = SOURCES.resolve(name)
+        if name not in _IMAGE_FILES:
+            for option, value in (
+                ("size", self.size),
+                ("channels", self.channels),
+                ("skip_bad", self.skip_bad or None),
+            ):
+                if value is not None:
+                    raise UserError(f"{option}: {value!r} is for folder: and hub: data; {name!r} has none to change")
         dataset: Dataset = loader(argument, self)
         return dataset

@@ -11,12 +11,13 @@ import hashlib
 import math
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 def mix(*parts: int | str) -> int:
-    """A 63-bit seed from several numbers or names; nearby inputs give unrelated seeds."""
+    """A 63-bit seed from several numbers or names; nearby inputs give unrelated seeds (torch uses 32 of the bits)."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
@@ -24,6 +25,13 @@ def mix(*parts: int | str) -> int:
 def seeded(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator seeded with `mix(*parts)`."""
     return torch.Generator(device).manual_seed(mix(*parts))
+
+
+def _stream(*parts: int | str) -> np.random.Generator:
+    """A stream of its own for every key: torch's CPU generator keeps 32 bits of its seed, too few for many samples."""
+    text = "/".join(str(part) for part in parts)
+    key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+    return np.random.Generator(np.random.Philox(key=key))
 
 
 class Draws(Protocol):
@@ -84,7 +92,7 @@ class SampleDraws:
 
     def __init__(self, seed: int, first: int, count: int, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
-        self._streams = [seeded(seed, "sample", index) for index in range(first, first + count)]
+        self._streams = [_stream(seed, "sample", index) for index in range(first, first + count)]
         self._buffer: list[Tensor] = []
         self._first = True
 
@@ -99,12 +107,12 @@ class SampleDraws:
             self._first = False
             block = torch.empty(self.count, steps, *event_shape)
             for row, stream in zip(block, self._streams, strict=True):
-                torch.randn(row.shape, generator=stream, out=row)
+                stream.standard_normal(dtype=np.float32, out=row.numpy())
             self._buffer = list(block.to(self.device).unbind(1))[::-1]
         return self._buffer.pop().contiguous()
 
     def uniform(self) -> Tensor:
-        return torch.stack([torch.rand((), generator=stream, dtype=torch.float64) for stream in self._streams])
+        return torch.tensor([stream.random() for stream in self._streams], dtype=torch.float64)
 
     def stratified(self) -> Tensor:
         return self.uniform()

@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import Tensor, nn
 
 from osmose.data.dataset import DataSpec
+from osmose.errors import UserError
 from osmose.gaussian import NOISES, PARAMETRIZATIONS, SCHEDULES, SOLVERS
 from osmose.gaussian.denoiser import Clipped, Denoiser, NetworkDenoiser
 from osmose.gaussian.draws import Draws
@@ -112,7 +113,10 @@ class Diffusion(GenerativeModel):
     def __init__(self, config: DiffusionConfig, spec: DataSpec):
         super().__init__(config, spec)
         self.schedule = config.schedule
-        self.sampling()  # refuses before training
+        try:
+            self.sampling()
+        except UserError as error:  # before training, not after
+            raise UserError(f"sampling.{error}") from None
         network = config.network.build(spec.shape, num_classes=spec.num_classes if config.conditional else None)
         self.denoiser = NetworkDenoiser(network, config.schedule, config.parametrization)
         self.times = config.times.build(config.schedule)

@@ -11,11 +11,15 @@ from typing import Any
 
 from osmose.errors import UserError
 from osmose.metrics.evaluation import Evaluation, headline
+from osmose.metrics.score import Score
 from osmose.training import files
 from osmose.training.run import Run
 
 #: Columns of every comparison; the metrics follow.
-_COLUMNS = ("run", "method", "steps", "solver", "nfe", "seconds_per_sample", "parameters_millions", "n")
+_COLUMNS = (
+    "run", "method", "steps", "solver", "nfe", "seconds_per_sample", "parameters_millions", "peak_memory_mib",
+    "training_seconds", "device", "threads", "n",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,17 @@ class Row:
         """The row of the table."""
         e = self.evaluation
         cells: dict[str, Any] = {
-            "run": self.run.folder.name,
+            "run": str(self.run.folder),
             "method": self.run.config.method.kind,
             "steps": e.sampling.get("num_steps"),
             "solver": (e.sampling.get("solver") or {}).get("kind", ""),
             "nfe": e.nfe,
             "seconds_per_sample": float(f"{self.seconds_per_sample:.4g}"),
             "parameters_millions": round(self.parameters / 1e6, 3),
+            "peak_memory_mib": e.peak_memory_mib,
+            "training_seconds": round(sum(line.get("seconds", 0) for line in self.run.metrics())),
+            "device": e.device,
+            "threads": e.threads,
             "n": e.n,
         }
         for score in e.scores:
@@ -73,6 +81,13 @@ def check_comparable(rows: Sequence[Row]) -> None:
                 f"{row.run.folder} was evaluated on {row.evaluation.n} samples and {first.run.folder} on "
                 f"{first.evaluation.n}; evaluate both with the same -n"
             )
+        for score in row.evaluation.scores:
+            other = first.evaluation.score(score.name)
+            if other is not None and conditions(score) != conditions(other):
+                raise UserError(
+                    f"{row.run.folder} and {first.run.folder}: {score.name} was computed on other real data or "
+                    "features; evaluate both the same way"
+                )
 
 
 def write_comparison(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -94,8 +109,8 @@ def write_comparison(rows: Sequence[Row], folder: Path) -> list[Path]:
     lines += [f"| {' | '.join(str(row.get(name, '')) for name in shown)} |" for row in cells]
     title = f"# Comparison on {rows[0].run.config.identity.source}\n\n"
     note = (
-        f"\n`{metric}_real` is what real data reach: the floor of `{metric}` at this number of samples. Seconds per "
-        f"sample were measured on {rows[0].evaluation.device} with {rows[0].evaluation.threads} threads.\n\n"
+        f"\n`{metric}_real` is what real data reach: the floor of `{metric}` at this number of samples. Seconds are "
+        "wall time, of sampling in batches and of training without validation.\n\n"
         "![quality against seconds per sample](pareto.png)\n"
     )
     paths = [folder / "comparison.md", folder / "comparison.csv", folder / "pareto.png"]
@@ -103,6 +118,11 @@ def write_comparison(rows: Sequence[Row], folder: Path) -> list[Path]:
     files.write_bytes(paths[1], text.getvalue().encode())
     files.write_bytes(paths[2], _pareto(rows, metric))
     return paths
+
+
+def conditions(score: Score) -> tuple[Any, ...]:
+    """What two scores of one name have to share to be compared."""
+    return score.reference, score.m, score.features_sha256
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -125,7 +145,7 @@ def _pareto(rows: Sequence[Row], metric: str) -> bytes:
         own = sorted(
             (row.seconds_per_sample, s.value, row.evaluation.nfe) for row, s in scored if s and row.run.folder == folder
         )
-        axes.plot([p[0] for p in own], [p[1] for p in own], "o-", label=folder.name, markersize=5, linewidth=1)
+        axes.plot([p[0] for p in own], [p[1] for p in own], "o-", label=str(folder), markersize=5, linewidth=1)
         for seconds, value, nfe in own:
             axes.annotate(f"{nfe}", (seconds, value), textcoords="offset points", xytext=(4, 4), fontsize=7)
     front = [points[i] for i in pareto_front(points)]
@@ -138,11 +158,14 @@ def _pareto(rows: Sequence[Row], metric: str) -> bytes:
         linewidth=1,
         label="Pareto front",
     )
+    better = next(score.better for _, score in scored if score is not None)
     floors = [score.floor for _, score in scored if score is not None and score.floor is not None]
     if floors:
         axes.axhline(min(floors), color="0.3", linestyle=":", linewidth=1, label="real data")
     axes.set(
-        xscale="log", xlabel="seconds per sample (numbers: network evaluations)", ylabel=f"{metric} (lower is better)"
+        xscale="log",
+        xlabel="seconds per sample (numbers: network evaluations)",
+        ylabel=f"{metric} ({better} is better)",
     )
     if min(p[1] for p in points) > 0:
         axes.set_yscale("log")

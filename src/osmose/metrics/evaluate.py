@@ -195,4 +195,4 @@ def _add_neighbours(card: Scorecard, samples: Tensor, dataset: Dataset, seed: in
     def compute() -> tuple[Measured, float | None]:
         return neighbour_ratio(flat(made), flat(dataset.train), flat(unseen))
 
-    card.put("nn_ratio", compute, "higher", len(made), len(unseen))
+    card.put("nn_ratio", compute, "one", len(made), len(unseen))

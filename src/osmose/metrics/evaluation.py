@@ -98,6 +98,7 @@ def evaluate_run(
     n = n or default_count(dataset)
     sampling = model.sampling(**options)
     samples = model.sample(n, seed=seed, batch_size=batch_size, on_step=on_step, **options)
+    memory = peak_memory(model.device)  # before the metrics add their own
     scores = score_samples(
         samples.data,
         dataset,
@@ -114,7 +115,7 @@ def evaluate_run(
         nfe=samples.nfe,
         seconds=round(samples.seconds, 4),
         items_per_second=round(n / samples.seconds, 3),
-        peak_memory_mib=round(peak_memory() / 2**20, 1),
+        peak_memory_mib=round(memory / 2**20, 1),
         device=str(model.device),
         threads=torch.get_num_threads(),
         weights_sha256=run.hash(),
@@ -125,10 +126,10 @@ def evaluate_run(
     return evaluation, samples.data
 
 
-def peak_memory() -> int:
-    """Largest memory in bytes so far: of the accelerator where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_memory(device: torch.device) -> int:
+    """Largest memory in bytes so far: of a CUDA device, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -151,12 +152,22 @@ def read_evaluations(run: Run) -> list[Evaluation]:
 
 
 def record(run: Run, evaluation: Evaluation) -> None:
-    """Add an evaluation to evaluation.json, in place of one made under the same conditions."""
+    """Add an evaluation to evaluation.json.
+
+    Of one made under the same conditions, the scores that were not computed again are kept.
+    """
 
     def conditions(e: Evaluation) -> Any:
         return e.sampling, e.seed, e.n, e.scores[0].reference if e.scores else None
 
-    kept = [e for e in read_evaluations(run) if conditions(e) != conditions(evaluation)]
+    kept = []
+    for earlier in read_evaluations(run):
+        if conditions(earlier) != conditions(evaluation):
+            kept.append(earlier)
+            continue
+        again = {(score.name, score.features_sha256) for score in evaluation.scores}
+        old = [score for score in earlier.scores if (score.name, score.features_sha256) not in again]
+        evaluation = evaluation.model_copy(update={"scores": [*old, *evaluation.scores]})
     files.write_json(run.folder / "evaluation.json", {"evaluations": [e.to_json() for e in (*kept, evaluation)]})
 
 

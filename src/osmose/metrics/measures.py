@@ -37,7 +37,7 @@ class Measure:
     """
 
     of: Callable[[Tensor, Tensor], Measured]
-    better: Literal["lower", "higher"]
+    better: Literal["lower", "higher", "one"]
     error: Callable[[Tensor, Tensor], float | None] | None = None
 
     def compute(self, x: Tensor, y: Tensor) -> Measured:

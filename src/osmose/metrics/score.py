@@ -10,6 +10,8 @@ from rich.table import Table
 
 from osmose.configuration import Config
 
+_ARROWS = {"lower": "↓", "higher": "↑", "one": "→1"}
+
 
 class Score(Config):
     """The value of one metric and its conditions."""
@@ -18,7 +20,7 @@ class Score(Config):
     value: float
     standard_error: float | None = Field(None, description="over repetitions with new samples")
     floor: float | None = Field(None, description="what real data reach: the same metric between disjoint real sets")
-    better: Literal["lower", "higher"]
+    better: Literal["lower", "higher", "one"]
     features: str | None = Field(None, description="network whose features are compared; None where there is none")
     features_sha256: str | None = None
     n: int = Field(description="generated samples used")
@@ -43,7 +45,7 @@ def table(scores: Sequence[Score], title: str | None = None) -> Table:
             # A backslash keeps rich from reading the mark as a style.
             marks.append(f" \\[{notes.index(note) + 1}]")
         result.add_row(
-            f"{score.name} {'↓' if score.better == 'lower' else '↑'}{''.join(marks)}",
+            f"{score.name} {_ARROWS[score.better]}{''.join(marks)}",
             _short(score.value),
             _short(score.standard_error),
             _short(score.floor),

@@ -78,7 +78,7 @@ class Scorecard:
         self,
         key: str,
         compute: Callable[[], tuple[Measured, float | None]],
-        better: Literal["lower", "higher"],
+        better: Literal["lower", "higher", "one"],
         n: int,
         m: int,
         network: FeatureNetwork | None = None,

@@ -11,6 +11,7 @@ import torch
 
 from osmose.configuration import override
 from osmose.data.dataset import DataConfig, Dataset
+from osmose.errors import UserError
 from osmose.methods import METHODS
 from osmose.training.config import RunConfig
 from osmose.training.progress import Progress
@@ -116,6 +117,8 @@ def checked(config: RunConfig) -> RunConfig:
         UserError: parts that do not fit each other, the data or this machine.
     """
     config.training.require(int(os.environ.get("WORLD_SIZE", "1")))
+    if config.training.flip and config.spec.kind != "image":
+        raise UserError(f"training.flip: true mirrors images, and these data are {config.spec.kind}")
     with torch.random.fork_rng(devices=[]):
         config.method.build(config.spec)
     return config

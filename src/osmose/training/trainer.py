@@ -188,7 +188,8 @@ class Trainer:
             return
         path = self.run.folder / "samples" / f"step_{self.step:08d}.png"
         with self.ema.applied():
-            grid = picture(self.model.sample(self.config.preview_samples, seed=self.seed).data, self.run.config.spec)
+            samples = self.model.sample(self.config.preview_samples, seed=self.seed).data
+            grid = picture(samples, self.run.config.spec, self.dataset.train[:2000])
             with files.replacing(path) as temporary:
                 grid.save(temporary, format="png")
             self.progress.note(f"samples: {path}")
