@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@echo "== training the default model on 1,617 handwritten digits into $(DEMO)"
 	@rm -rf $(DEMO)
-	$(BIN)/osmose train ddpm --data digits --out $(DEMO) --seed 0
+	$(BIN)/osmose train edm --data digits --out $(DEMO) --seed 0
 	@echo "== sampling"
 	$(BIN)/osmose sample $(DEMO) -n 64 --out $(DEMO)/digits.png
 	@echo "== scoring against real digits (the column 'real data' is what real digits score)"

@@ -18,7 +18,7 @@ Diffusion models on the hardware you have: train, sample, score, compare.
 {commands}
 
 Start with:
-  osmose train ddpm --data digits --out runs/digits
+  osmose train edm --data digits --out runs/digits
   osmose sample runs/digits -n 64 --out digits.png
   osmose COMMAND --help
 """
