@@ -4,6 +4,7 @@ import csv
 import importlib
 import importlib.metadata
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -378,6 +379,7 @@ def test_info_of_data(osmose):
 def test_info_of_a_run_that_has_no_weights_yet(osmose):
     Path("toy/model.safetensors").unlink()
     Path("toy/metrics.jsonl").unlink()
+    shutil.rmtree("toy/checkpoints")
     told = json.loads(osmose("info", "toy", "--json").out)
     assert told["step"] == 0
     assert told["parameters"] > 100

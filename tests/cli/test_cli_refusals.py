@@ -115,7 +115,7 @@ def test_a_place_that_is_taken_is_refused(refused, runs):
         (["network.width=32"], "network.width: 32 given, but toy was started with 16"),
         (["--network", "unet"], "network.kind: 'unet' given, but toy was started with 'mlp'"),
         (["--seed", "5"], "seed: 5 given, but toy was started with 0"),
-        (["--data", "digits"], "data.source: 'digits' given, but toy was started with 'toy:two-moons'"),
+        (["--data", "digits"], "'digits' is not the data this run was made with"),
         (["data.num_points=500"], "data.num_points: 500 given, but toy was started with 400"),
         (["--size", "16"], "data.size: 16 given, but toy was started with None"),
         (["--skip-bad"], "data.skip_bad: True given, but toy was started with False"),

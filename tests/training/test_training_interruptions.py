@@ -219,7 +219,11 @@ def test_a_signal_during_the_last_step_lets_the_run_finish(start, dataset, whole
     assert contents(run.folder) == whole
 
 
-def test_a_second_signal_is_not_held_back(start, dataset):
+def test_a_second_signal_is_not_held_back(start, dataset, request):
+    # A shell that runs the tests in the background has them ignore SIGINT: put back what a terminal gives.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+
     class Impatient(Signalled):
         def advance(self, window):
             super().advance(window)

@@ -84,7 +84,7 @@ class Evaluate:
         moved = {"source": self.data, "root": str(self.data_root) if self.data_root else None}
         data = run.config.data.replace(**{name: value for name, value in moved.items() if value is not None})
         dataset = data.load()
-        if dataset.identity != run.config.identity:
+        if dataset.identity.sha256 != run.config.identity.sha256:
             raise UserError(f"data: {data.source!r} is not the data this run was trained on (its hash differs)")
         lines: list[Any] = []
         values = []

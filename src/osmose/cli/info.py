@@ -38,6 +38,7 @@ class Info:
     def _run(self, folder: Path) -> Result:
         from osmose.analysis.cost import cost_of
         from osmose.metrics.evaluation import headline, read_evaluations
+        from osmose.training.checkpoint import Checkpoints
         from osmose.training.run import Run
 
         run = Run.open(folder)
@@ -45,10 +46,10 @@ class Info:
         model = run.model() if run.weights.is_file() else config.method.build(config.spec)
         cost = cost_of(model)
         evaluations = read_evaluations(run)
-        log = run.metrics()
+        checkpoints = Checkpoints(run, config.training.keep_checkpoints).all()
         values: dict[str, Any] = {
             "run": str(folder),
-            "step": log[-1]["step"] if log else 0,
+            "step": int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0,
             "parameters": cost.parameters,
             "macs": cost.macs,
             "seconds_per_evaluation": cost.seconds,

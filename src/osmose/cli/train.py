@@ -135,7 +135,7 @@ class Train:
         wanted = config.to_json()
         for path in sorted(changes):
             before, after = value_at(stored, path), value_at(wanted, path)
-            if before != after and path != "data.root":
+            if before != after and path not in ("data.root", "data.source"):  # where they lie: the hash decides
                 name = path.removeprefix("method.")
                 raise UserError(f"{name}: {after!r} given, but {out} was started with {before!r}; resume without it")
         with quiet_warnings():
@@ -151,6 +151,7 @@ class Train:
         if self.threads:
             torch.set_num_threads(self.threads)
         trainer = Trainer(run, dataset, progress=Progress(show=not (self.quiet or self.json)))
+        began = trainer.step
         again = f"osmose train --out {run.folder} --resume"
         try:
             finished = trainer.fit()
@@ -162,5 +163,8 @@ class Train:
         if not finished:
             return Result(values, [f"stopped at step {trainer.step}; everything is saved"], again, status=130)
         loss = f"held-out loss {last['validation_loss']:.4f}" if last else ""
+        if trainer.step == began:
+            note = f"{run.folder} was at its last step, {began}, already; a longer run has to be trained anew"
+            return Result(values, [note], f"osmose sample {run.folder} -n 64 --out samples.png")
         wrote = [f"wrote {run.folder}: {len(dataset.train)} items, {trainer.step} steps, {loss}"]
         return Result(values, wrote, f"osmose sample {run.folder} -n 64 --out samples.png")

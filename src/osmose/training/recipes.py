@@ -13,7 +13,7 @@ from osmose.configuration import override
 from osmose.data.dataset import DataConfig, Dataset
 from osmose.errors import UserError
 from osmose.methods import METHODS
-from osmose.training.config import RunConfig
+from osmose.training.config import RunConfig, TrainingConfig
 from osmose.training.progress import Progress
 from osmose.training.run import Run
 from osmose.training.trainer import Trainer
@@ -40,6 +40,10 @@ def recipe(method: str, data: DataConfig, dataset: Dataset, seed: int, changes: 
     training = {
         name.removeprefix("training."): value for name, value in changes.items() if name.startswith("training.")
     }
+    fields = set(cls.model_fields)
+    for name in changes:
+        if name in TrainingConfig.model_fields and name not in fields:
+            raise UserError(f"{name}: unknown field; did you mean 'training.{name}'?")
     ours = {name: value for name, value in changes.items() if not name.startswith("training.")}
     return RunConfig.parse(
         {

@@ -49,7 +49,7 @@ class Trainer:
         from accelerate.state import AcceleratorState
 
         self.run, self.dataset, self.config, self.seed = run, dataset, run.config.training, run.config.seed
-        if dataset.identity != run.config.identity:
+        if dataset.identity.sha256 != run.config.identity.sha256:
             raise UserError(f"data: {dataset.source!r} is not the data this run was made with (its hash differs)")
         AcceleratorState._reset_state()  # accelerate keeps the precision of the first run in a process for all others
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
