@@ -111,6 +111,49 @@ def test_seeds_of_samples_differ_and_training_and_sampling_do_not_share_a_stream
     assert len(seen | steps) == 48
 
 
+@pytest.mark.parametrize("make", [lambda: StepDraws(3, 7, 2, 6, 12), lambda: SampleDraws(3, 2, 4)])
+def test_a_branch_depends_on_whose_it_is_and_on_its_names_alone(make):
+    root, used = make(), make()
+    values(used)
+    first = values(root.branch("noise", 1))
+    for again in (root.branch("noise", 1), used.branch("noise", 1), make().branch("noise", 1)):
+        assert again.count == 4
+        assert all(torch.equal(a, b) for a, b in zip(values(again), first, strict=True))
+    # Branching draws nothing of the parent's own.
+    assert all(torch.equal(a, b) for a, b in zip(values(root), values(make()), strict=True))
+
+
+@pytest.mark.parametrize("cuts", [[0, 12], [0, 5, 6, 12], list(range(13))])
+def test_the_parts_of_a_branch_are_the_whole(cuts):
+    for make in (lambda a, b: StepDraws(3, 7, a, b, 12), lambda a, b: SampleDraws(3, a, b - a)):
+        whole = values(make(0, 12).branch("extra", 0))
+        parts = [values(make(a, b).branch("extra", 0)) for a, b in itertools.pairwise(cuts)]
+        for index, value in enumerate(whole):
+            assert torch.equal(torch.cat([part[index] for part in parts]), value)
+
+
+def test_branches_are_independent_of_each_other_and_of_where_they_come_from():
+    for make in (lambda seed, step: StepDraws(seed, step, 0, 1, 1), lambda seed, step: SampleDraws(seed, step, 1)):
+        seen = set()
+        for root in (make(seed, step) for seed in range(3) for step in range(3)):
+            branches = [root.branch(), root.branch("a"), root.branch("b"), root.branch("a", 1), root.branch("a", 2)]
+            branches += [root.branch("a").branch("b"), root.branch("a", "b"), root.branch("a").branch(1)]
+            seen |= {tuple(draws.normal((2,)).flatten().tolist()) for draws in (root, *branches)}
+        assert len(seen) == 9 * 9
+    for root in (StepDraws(0, 0, 0, 4000, 4000), SampleDraws(0, 0, 4000)):
+        x = torch.cat([draws.normal((2,)) for draws in (root, root.branch("a"), root.branch("b"))], 1)
+        assert (torch.corrcoef(x.T) - torch.eye(6)).abs().max() < 0.07
+
+
+def test_the_streams_of_steps_and_samples_themselves_are_pinned():
+    # A branch has a longer key; without names the key, and so every recorded run and sample, is what it was.
+    step = torch.rand(4, generator=seeded(3, "step", 7), dtype=torch.float64)
+    assert torch.equal(StepDraws(3, 7, 0, 4, 4).uniform(), step)
+    branch = torch.rand(4, generator=seeded(3, "step", 7, "branch", "a", 1), dtype=torch.float64)
+    assert torch.equal(StepDraws(3, 7, 0, 4, 4).branch("a", 1).uniform(), branch)
+    assert SampleDraws(3, 7, 1).uniform().item() == 0.23506216443612105
+
+
 def test_mix_spreads_and_separates():
     seeds = [mix(a, b) for a in range(60) for b in range(60)]
     assert len(set(seeds)) == 3600

@@ -8,7 +8,7 @@ from torch import nn
 from osmose.configuration import ConfigError
 from osmose.errors import UserError
 from osmose.gaussian import PARAMETRIZATIONS, SCHEDULES
-from osmose.gaussian.denoiser import Clipped, NetworkDenoiser
+from osmose.gaussian.denoiser import Conditioned, NetworkDenoiser
 from osmose.gaussian.parametrization import (
     EDMParametrization,
     EpsParametrization,
@@ -257,6 +257,6 @@ def test_an_eps_network_is_fed_and_compared_without_copies():
 
 def test_clipped_keeps_the_estimate_in_range_and_the_input_as_it_was():
     x = torch.tensor([[-3.0, 0.5, 3.0]])
-    clipped = Clipped(lambda x_t, level, condition=None: x_t, -1.0, 1.0)  # noqa: ARG005
+    clipped = Conditioned(lambda x_t, level, condition=None: x_t, limits=(-1.0, 1.0))  # noqa: ARG005
     assert torch.equal(clipped(x, Level(0.5, 0.8, 0.6)), torch.tensor([[-1.0, 0.5, 1.0]]))
     assert x[0, 0] == -3

@@ -10,7 +10,6 @@ from osmose.gaussian import PARAMETRIZATIONS, SCHEDULES
 from osmose.gaussian.draws import StepDraws
 from osmose.gaussian.parametrization import EDMParametrization, VParametrization
 from osmose.gaussian.schedule import CosineSchedule, LinearSchedule, StraightSchedule, TrigSchedule, VarianceExploding
-from osmose.methods import TIME_SAMPLERS
 from osmose.methods.base import Batch
 from osmose.methods.diffusion import DDPMConfig, EDMConfig
 from osmose.methods.times import LogNormalTimes, UniformTimes
@@ -206,10 +205,6 @@ def test_log_normal_draws_have_edm_s_law():
     log_sigma = schedule.sigma(t).log()
     assert log_sigma.mean().item() == pytest.approx(-1.2, abs=0.04)
     assert log_sigma.std().item() == pytest.approx(1.2, abs=0.03)
-
-
-def test_every_law_of_times_is_tested_here():
-    assert set(TIME_SAMPLERS.entries) == {"uniform", "log-normal"}
 
 
 def test_the_denoiser_is_trained_to_the_posterior_mean():

@@ -17,6 +17,14 @@ from osmose.training.trainer import Trainer
 # gradient is next to nothing a weight may move by another fraction of the learning rate.
 LOSSES = {"rel": 1e-5}
 LR = 0.01
+#: A law of training times that is learned: full after the first steps, and of use to the later ones.
+LOSS_AWARE = {
+    "schedule": "cosine",
+    "schedule.num_steps": 10,
+    "times": "loss-aware",
+    "times.history": 2,
+    "times.extra_updates": 1,
+}
 
 
 def losses(run):
@@ -44,12 +52,23 @@ def undropped(start):
     return make
 
 
+def assert_learned(run):
+    """The law was learned early enough to be used, and from all items: each twice, the second time as an extra."""
+    used = [line["loss_aware"] for line in run.metrics() if "loss_aware" in line]
+    assert sum(used) > 6
+    training = run.config.training
+    assert load_file(run.weights)["times.counts"].sum() == 2 * training.steps * training.batch_size
+
+
+@pytest.mark.parametrize("times", [{}, LOSS_AWARE], ids=["uniform", "loss-aware"])
 @pytest.mark.parametrize("accumulate", [2, 4, 8])
-def test_accumulated_micro_batches_are_one_batch(undropped, dataset, accumulate):
-    one, cut = undropped("one"), undropped("cut", training__accumulate=accumulate)
+def test_accumulated_micro_batches_are_one_batch(undropped, dataset, accumulate, times):
+    one, cut = undropped("one", **times), undropped("cut", training__accumulate=accumulate, **times)
     Trainer(one, dataset).fit()
     Trainer(cut, dataset).fit()
     assert_same_training(one, cut)
+    if times:
+        assert_learned(cut)
 
 
 def test_a_batch_twice_as_large_is_another_training(undropped, dataset):
@@ -87,7 +106,8 @@ def test_two_processes_are_one_and_stop_and_resume_together(tmp_path, contents, 
     settings = "data.num_points=300 network.width=16 training.steps=12 training.batch_size=16 training.accumulate=2"
     every = "training.log_every=1 training.validate_every=4 training.checkpoint_every=5 training.keep_checkpoints=1"
     command = ["train", "ddpm", "--data", "toy:two-moons", "--lr", str(LR), "--precision", "fp32", "--quiet"]
-    command += [*settings.split(), *every.split(), "training.preview_every=1000"]
+    command += [*settings.split(), *every.split(), "training.preview_every=1000", "sampling.num_steps=5"]
+    command += [f"{name}={value}" for name, value in LOSS_AWARE.items()]
     (tmp_path / "script.py").write_text(SCRIPT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
@@ -113,6 +133,7 @@ def test_two_processes_are_one_and_stop_and_resume_together(tmp_path, contents, 
     together = Run.open("whole")
     assert [line["step"] for line in together.metrics() if "lr" in line] == list(range(1, 13))
     assert_same_training(Run.open("alone"), together)
+    assert_learned(together)
 
 
 def test_a_batch_that_processes_cannot_share_is_refused_before_anything_is_made(tmp_path, monkeypatch, capsys):

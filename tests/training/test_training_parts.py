@@ -11,6 +11,7 @@ from torch import nn
 
 import osmose
 from osmose.errors import UserError
+from osmose.methods.base import LossTerms
 from osmose.training import files
 from osmose.training.config import TrainingConfig
 from osmose.training.ema import EMA
@@ -168,8 +169,8 @@ def test_the_learning_rate_of_each_step_is_the_one_logged(start, dataset):
 
 def test_window_means_by_quartile():
     window = Window()
-    window.add(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 0.2499, 0.25], dtype=torch.float64))
-    window.add(torch.tensor([5.0, 7.0]), torch.tensor([0.75, 1.0], dtype=torch.float64))
+    window.add(LossTerms(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 0.2499, 0.25], dtype=torch.float64)))
+    window.add(LossTerms(torch.tensor([5.0, 7.0]), torch.tensor([0.75, 1.0], dtype=torch.float64)))
     window.seconds, window.grad_norm = 2.0, 0.5
     assert window.losses(lambda sums: sums) == {"loss": 3.6, "loss_q1": 1.5, "loss_q2": 3.0, "loss_q4": 6.0}
     drained = window.drain(lambda sums: 2 * sums)
@@ -185,9 +186,20 @@ def test_window_means_by_quartile():
     assert window.losses(lambda sums: sums) == {}
 
 
+def test_quartiles_and_parts_of_weighted_losses_stand_for_the_law_that_is_trained():
+    # Two times, drawn three to one in place of one to one, so with weights 2/3 and 2; the losses are 3 and 1.
+    weight = torch.tensor([2 / 3, 2 / 3, 2 / 3, 2.0], dtype=torch.float64)
+    loss = torch.tensor([3.0, 3.0, 3.0, 1.0], dtype=torch.float64)
+    t = torch.tensor([0.9, 0.9, 0.9, 0.1], dtype=torch.float64)
+    window = Window()
+    window.add(LossTerms(loss * weight, t, {"plain": loss, "one": torch.ones(4)}, weight))
+    want = {"loss": 2.0, "loss_q1": 1.0, "loss_q4": 3.0, "plain": 2.0, "one": 1.0}
+    assert window.losses(lambda sums: sums) == pytest.approx(want)
+
+
 def test_window_without_times():
     window = Window()
-    window.add(torch.tensor([1.0, 2.0]), None)
+    window.add(LossTerms(torch.tensor([1.0, 2.0])))
     assert window.losses(lambda sums: sums) == {"loss": 1.5}
 
 

@@ -45,12 +45,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"osmose {__version__}")
         return
     try:
-        if words[0] not in COMMANDS:
-            raise UserError(f"unknown command {words[0]!r}; {nearest(words[0], COMMANDS)}")
+        verb = _verb(words)
         from osmose.cli.command import parse
 
-        module, _, name = COMMANDS[words[0]][0].partition(":")
-        command = parse(getattr(importlib.import_module(module), name), words[0], words[1:])
+        module, _, name = COMMANDS[verb][0].partition(":")
+        command = parse(getattr(importlib.import_module(module), name), verb, words[len(verb.split()) :])
         _show(command.run(), command.json)
     except UserError as error:
         _fail(str(error), 2)
@@ -59,6 +58,19 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _verb(words: list[str]) -> str:
+    """The command that the first word names, or the first two (`analyze likelihood`)."""
+    if words[0] in COMMANDS:
+        return words[0]
+    pairs = [verb for verb in COMMANDS if verb.split()[0] == words[0]]
+    if not pairs:
+        raise UserError(f"unknown command {words[0]!r}; {nearest(words[0], COMMANDS)}")
+    given = " ".join(words[:2])
+    if given not in pairs:
+        raise UserError(f"unknown command {given!r}; choose one of: {', '.join(pairs)}")
+    return given
 
 
 def _show(result: Any, as_json: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from osmose.errors import UserError
 from osmose.gaussian.parametrization import Parametrization, column
 from osmose.gaussian.schedule import Level, Schedule
 
@@ -19,22 +20,48 @@ class Denoiser(Protocol):
 
 
 class NetworkDenoiser(nn.Module):
-    """A network read through a parametrization on a schedule."""
+    """A network read through a parametrization on a schedule.
 
-    def __init__(self, network: nn.Module, schedule: Schedule, parametrization: Parametrization):
+    Args:
+        network: called as (x, label, condition); its output has the channels of x, or twice as many.
+        schedule: the noise schedule.
+        parametrization: what the output means.
+        learned_variance: the second half of the output's channels is v of `learned_range` (`gaussian.chain`).
+    """
+
+    def __init__(
+        self, network: nn.Module, schedule: Schedule, parametrization: Parametrization, learned_variance: bool = False
+    ):
         super().__init__()
         parametrization.check(schedule)
         self.network, self.schedule, self.parametrization = network, schedule, parametrization
+        self.learned_variance = learned_variance
 
-    def output(self, x_t: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
-        """The network's own output F at x_t, in the dtype of x_t."""
+    def outputs(self, x_t: Tensor, level: Level, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The network's own output F at x_t, and w = (v + 1) / 2 of a learned variance or None: shape of x_t.
+
+        Raises:
+            UserError: a learned variance, but a network without the output for it.
+        """
         c_in = self.parametrization.coefficients(level).c_in
         label = self.schedule.label(level)
         if not isinstance(label, Tensor):
             label = torch.full((len(x_t),), label, dtype=torch.float32, device=x_t.device)
         scaled = x_t if isinstance(c_in, float) and c_in == 1.0 else column(c_in, x_t) * x_t
-        out: Tensor = self.network(scaled, label.to(device=x_t.device, dtype=torch.float32), condition)
-        return out.to(x_t.dtype)
+        out: Tensor = self.network(scaled, label.to(device=x_t.device, dtype=torch.float32), condition).to(x_t.dtype)
+        if not self.learned_variance:
+            return out, None
+        if out.shape[1] != 2 * x_t.shape[1]:
+            raise UserError(
+                f"variance: learned_range needs a network with two outputs for each value, {2 * x_t.shape[1]} channels "
+                f"here; this one gives {out.shape[1]}: use variance=fixed_small, or a network that takes num_outputs=2"
+            )
+        mean, v = out.chunk(2, dim=1)
+        return mean, (v + 1) / 2
+
+    def output(self, x_t: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
+        """The network's own output F at x_t, in the shape and dtype of x_t."""
+        return self.outputs(x_t, level, condition)[0]
 
     def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
         """The output that would be exact for a known pair, shape (B, *event)."""
@@ -43,18 +70,40 @@ class NetworkDenoiser(nn.Module):
             return eps if isinstance(c.target_eps, float) and c.target_eps == 1.0 else column(c.target_eps, eps) * eps
         return column(c.target_x0, x0) * x0 + column(c.target_eps, eps) * eps
 
+    def denoised(self, output: Tensor, x_t: Tensor, level: Level) -> Tensor:
+        """E[x0 | x_t] that an output F stands for, shape (B, *event)."""
+        c = self.parametrization.coefficients(level)
+        return column(c.c_skip, x_t) * x_t + column(c.c_out, x_t) * output
+
     def forward(self, x_t: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
         """E[x0 | x_t], shape (B, *event)."""
-        c = self.parametrization.coefficients(level)
-        out = self.output(x_t, level, condition)
-        return column(c.c_skip, x_t) * x_t + column(c.c_out, x_t) * out
+        return self.denoised(self.output(x_t, level, condition), x_t, level)
+
+    def with_variance(self, x_t: Tensor, level: Level, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """E[x0 | x_t], and w of a learned variance or None, both (B, *event), from one evaluation."""
+        output, share = self.outputs(x_t, level, condition)
+        return self.denoised(output, x_t, level), share
 
 
-class Clipped:
-    """A denoiser whose result is kept inside the data's range; the solvers recompute eps from it."""
+class Conditioned:
+    """A denoiser with its condition filled in, and its result kept inside the data's range where one is given.
 
-    def __init__(self, denoiser: Denoiser, low: float, high: float):
-        self.denoiser, self.low, self.high = denoiser, low, high
+    The solvers recompute eps from what it returns.
+    """
 
-    def __call__(self, x_t: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
-        return self.denoiser(x_t, level, condition).clamp(self.low, self.high)
+    def __init__(
+        self, denoiser: NetworkDenoiser, condition: Tensor | None = None, limits: tuple[float, float] | None = None
+    ):
+        self.denoiser, self.condition, self.limits = denoiser, condition, limits
+
+    def __call__(self, x_t: Tensor, level: Level) -> Tensor:
+        return self._limited(self.denoiser(x_t, level, self.condition))
+
+    def with_variance(self, x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """The denoised batch, and w of a learned variance."""
+        x0, share = self.denoiser.with_variance(x_t, level, self.condition)
+        assert share is not None, "asked for the variance of a model that has not learned one"
+        return self._limited(x0), share
+
+    def _limited(self, x0: Tensor) -> Tensor:
+        return x0 if self.limits is None else x0.clamp(*self.limits)

@@ -50,6 +50,13 @@ class Draws(Protocol):
     def stratified(self) -> Tensor:
         """As `uniform`, but evenly spread over [0, 1) across all items of the batch: (i + u) / n, shuffled."""
 
+    def branch(self, *names: int | str) -> Draws:
+        """Independent randomness for the same items.
+
+        It depends on whose randomness this is and on the names, not on how much has been drawn: what a method draws
+        besides changes nothing of what it draws otherwise. The same names give the same values again.
+        """
+
 
 class StepDraws:
     """The randomness of one training step: a pure function of (seed, step), cut to the items start..stop of the batch.
@@ -58,10 +65,22 @@ class StepDraws:
     many, one pass and gradient accumulation, see the same noise.
     """
 
-    def __init__(self, seed: int, step: int, start: int, stop: int, total: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        seed: int,
+        step: int,
+        start: int,
+        stop: int,
+        total: int,
+        device: torch.device | str = "cpu",
+        *,
+        path: tuple[int | str, ...] = (),
+    ):
+        """`path` is the names of the branch; none for the step itself."""
+        self.seed, self.step, self.path = seed, step, path
         self.start, self.stop, self.total, self.device = start, stop, total, torch.device(device)
-        self._host = seeded(seed, "step", step)
-        self._device = self._host if self.device.type == "cpu" else seeded(seed, "step", step, device=device)
+        self._host = seeded(seed, "step", step, *path)
+        self._device = self._host if self.device.type == "cpu" else seeded(seed, "step", step, *path, device=device)
 
     @property
     def count(self) -> int:
@@ -79,6 +98,10 @@ class StepDraws:
         place = torch.randperm(self.total, generator=self._host)
         return ((place + u) / self.total)[self.start : self.stop]
 
+    def branch(self, *names: int | str) -> StepDraws:
+        path = (*self.path, "branch", *names)
+        return StepDraws(self.seed, self.step, self.start, self.stop, self.total, self.device, path=path)
+
 
 class SampleDraws:
     """The randomness of the samples `first`..`first + count - 1` of a seed: each has its own stream.
@@ -90,9 +113,18 @@ class SampleDraws:
     #: Values that one sample draws at a time, at most; depends on nothing but the event, or samples would change.
     AHEAD = 16 * 1024
 
-    def __init__(self, seed: int, first: int, count: int, device: torch.device | str = "cpu"):
-        self.device = torch.device(device)
-        self._streams = [_stream(seed, "sample", index) for index in range(first, first + count)]
+    def __init__(
+        self,
+        seed: int,
+        first: int,
+        count: int,
+        device: torch.device | str = "cpu",
+        *,
+        path: tuple[int | str, ...] = (),
+    ):
+        """`path` is the names of the branch; none for the samples themselves."""
+        self.seed, self.first, self.path, self.device = seed, first, path, torch.device(device)
+        self._streams = [_stream(seed, "sample", index, *path) for index in range(first, first + count)]
         self._buffer: list[Tensor] = []
         self._first = True
 
@@ -116,3 +148,6 @@ class SampleDraws:
 
     def stratified(self) -> Tensor:
         return self.uniform()
+
+    def branch(self, *names: int | str) -> SampleDraws:
+        return SampleDraws(self.seed, self.first, self.count, self.device, path=(*self.path, "branch", *names))

@@ -10,17 +10,31 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Protocol, cast
 
 from pydantic import Field
 from torch import Tensor
 
 from osmose.configuration import Config
+from osmose.gaussian.chain import Variance, reverse_step
 from osmose.gaussian.grid import TimeGrid
 from osmose.gaussian.schedule import Level
 
-Denoise = Callable[[Tensor, Level[float]], Tensor]
 DrawNoise = Callable[[], Tensor]
+
+
+class Denoise(Protocol):
+    """E[x0 | x_t] of a batch at a level."""
+
+    def __call__(self, x_t: Tensor, level: Level[float], /) -> Tensor:
+        """The denoised batch, in the shape of x_t."""
+
+
+class DenoiseWithVariance(Denoise, Protocol):
+    """A denoiser that knows the variance of the reverse chain as well."""
+
+    def with_variance(self, x_t: Tensor, level: Level[float], /) -> tuple[Tensor, Tensor]:
+        """The denoised batch, and where the log-variance lies between its ends, both in the shape of x_t."""
 
 
 class State(NamedTuple):
@@ -52,6 +66,11 @@ class Solver(Config, ABC):
             noise: draws a standard noise of x's shape.
         """
 
+    @property
+    def needs_learned_variance(self) -> bool:
+        """Whether `run` needs a `DenoiseWithVariance`."""
+        return False
+
     def evaluations(self, num_steps: int) -> int:
         """Number of calls of `denoise` in `num_steps` steps."""
         return num_steps
@@ -61,31 +80,35 @@ class Solver(Config, ABC):
         return None
 
 
-def _transition(t: Level[float], s: Level[float]) -> tuple[float, float]:
-    """q(x_t | x_s): the factor of x_s and the variance. On a discrete schedule's grid, sqrt(alpha_t) and beta_t."""
-    ratio = t.alpha / s.alpha
-    return ratio, t.sigma**2 - (ratio * s.sigma) ** 2
-
-
 class Ancestral(Solver):
     """DDPM's reverse chain (arXiv 2006.11239), strided as in improved DDPM (arXiv 2102.09672, section 4).
 
     x_s ~ N(mean of q(x_s | x_t, x0), variance); `fixed_small` is that posterior's own variance, `fixed_large` is
-    q(x_t | x_s)'s. The last step adds no noise.
+    q(x_t | x_s)'s, `learned_range` lies between them where the network says (`gaussian.chain`). The last step adds no
+    noise.
     """
 
     kind: Literal["ancestral"] = "ancestral"
     order: ClassVar[int] = 0
-    variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
+    variance: Variance = "fixed_small"
+
+    @property
+    def needs_learned_variance(self) -> bool:
+        return self.variance == "learned_range"
 
     def run(self, denoise: Denoise, x: Tensor, grid: TimeGrid, noise: DrawNoise) -> Iterator[State]:
         for t, s in grid.steps():
-            x0 = denoise(x, t)
-            ratio, beta = _transition(t, s)
-            keep = s.sigma**2 / t.sigma**2
-            x = x.mul(ratio * keep).add_(x0, alpha=s.alpha * beta / t.sigma**2)
-            if s.sigma > 0:
-                x.add_(noise(), alpha=(beta * keep if self.variance == "fixed_small" else beta) ** 0.5)
+            step = reverse_step(t, s)
+            if self.variance == "learned_range":
+                x0, share = cast(DenoiseWithVariance, denoise).with_variance(x, t)
+            else:
+                x0, share = denoise(x, t), None
+            x = x.mul(step.keep).add_(x0, alpha=step.pull)
+            if s.sigma > 0 and share is not None:
+                log_ratio = math.log(step.beta / step.btilde)
+                x.addcmul_(noise(), share.mul(log_ratio / 2).exp_(), value=step.btilde**0.5)
+            elif s.sigma > 0:
+                x.add_(noise(), alpha=(step.btilde if self.variance == "fixed_small" else step.beta) ** 0.5)
             yield State(x, x0)
 
     def warning(self, num_steps: int, native_steps: int | None) -> str | None:
@@ -107,8 +130,7 @@ class DDIM(Solver):
     def run(self, denoise: Denoise, x: Tensor, grid: TimeGrid, noise: DrawNoise) -> Iterator[State]:
         for t, s in grid.steps():
             x0 = denoise(x, t)
-            _, beta = _transition(t, s)
-            fresh = self.eta * s.sigma / t.sigma * beta**0.5
+            fresh = self.eta * s.sigma / t.sigma * reverse_step(t, s).beta ** 0.5
             keep = max(s.sigma**2 - fresh**2, 0.0) ** 0.5 / t.sigma  # at eta = 1 the difference may round below 0
             x = x.mul(keep).add_(x0, alpha=s.alpha - keep * t.alpha)
             if fresh > 0:

@@ -8,6 +8,10 @@ METHODS = Registry(
     "method",
     {
         "ddpm": ("osmose.methods.diffusion:DDPMConfig", "denoising diffusion on T discrete steps (Ho et al. 2020)"),
+        "iddpm": (
+            "osmose.methods.diffusion:IDDPMConfig",
+            "DDPM with a learned variance and the cosine schedule (Nichol and Dhariwal 2021)",
+        ),
         "edm": (
             "osmose.methods.diffusion:EDMConfig",
             "preconditioned diffusion in continuous noise (Karras et al. 2022)",
@@ -19,5 +23,21 @@ TIME_SAMPLERS = Registry(
     {
         "uniform": ("osmose.methods.times:UniformTimes", "every t alike"),
         "log-normal": ("osmose.methods.times:LogNormalTimes", "EDM: log(sigma / alpha) is normal"),
+        "loss-aware": (
+            "osmose.methods.times:LossAwareTimes",
+            "improved DDPM: steps as often as their recent losses are large",
+        ),
+    },
+)
+OBJECTIVES = Registry(
+    "objective",
+    {
+        "simple": ("osmose.methods.objectives:SimpleObjective", "squared error of the network's output"),
+        "vlb": ("osmose.methods.objectives:VLBObjective", "the variational bound, in bits per dimension"),
+        "hybrid": ("osmose.methods.objectives:HybridObjective", "squared error, and the bound for the variance alone"),
+        "tilted": (
+            "osmose.methods.objectives:TiltedObjective",
+            "several noises for each item, weighted by their losses (importance-weighted diffusion)",
+        ),
     },
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -45,11 +45,32 @@ class LossTerms:
         per_item: the loss of each item, shape (B,), with gradient.
         t: the process time of each item, float64 (B,) on the CPU, or None where there is none.
         parts: named detached per-item terms (B,) to log.
+        weight: the importance weight that `per_item` already carries, float64 (B,) on the CPU, or None where all are 1.
     """
 
     per_item: Tensor
     t: Tensor | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BoundTerms:
+    """The variational bound on the negative log-likelihood of n items, term by term, in nats per dimension.
+
+    Attributes:
+        t: times of the K steps, quietest first, float64 (K,).
+        prior: L_T, float64 (n,).
+        steps: L_0 (of the data given the quietest step) to L_{K-1}, float64 (n, K).
+        x0_error: mean over dimensions of (x0 - x0_hat)^2 at each step, as the bound saw it, float64 (n, K).
+        eps_error: the same of the noise, before x0_hat was kept inside the data's range, float64 (n, K).
+    """
+
+    t: Tensor
+    prior: Tensor
+    steps: Tensor
+    x0_error: Tensor
+    eps_error: Tensor
 
 
 @dataclass(frozen=True)
@@ -120,9 +141,44 @@ class GenerativeModel(nn.Module, ABC):
     ) -> tuple[Tensor, int]:
         """One batch of `draws.count` samples in the model's units, and the network evaluations spent on each."""
 
+    def bound(
+        self,
+        batch: Batch,  # noqa: ARG002
+        draws: Draws,  # noqa: ARG002
+        on_step: OnStep,  # noqa: ARG002
+        *,
+        num_steps: int | None = None,  # noqa: ARG002
+        variance: str | None = None,  # noqa: ARG002
+        clip: bool = True,  # noqa: ARG002
+    ) -> BoundTerms:
+        """The variational bound of items; one network evaluation of each for every step.
+
+        Args:
+            batch: the items, model units.
+            draws: the noise, fresh for every step.
+            on_step: called after each step.
+            num_steps: steps of the chain; all that the schedule has if None.
+            variance: of the chain, the method's own if None.
+            clip: keep the denoised estimate inside the data's range, where there is one.
+
+        Raises:
+            UserError: a method or data without such a bound; the message says why.
+        """
+        raise UserError(f"{self.config.kind}: has no likelihood bound; ddpm, iddpm and edm have")
+
     @abstractmethod
     def networks(self) -> list[nn.Module]:
         """The networks that do the work, each called as (x, label, condition): what is compiled and counted."""
+
+    def after_step(self, parts: Sequence[tuple[Batch, Draws]]) -> None:
+        """Adapt to an optimisation step, once its update is made; most methods have nothing to do.
+
+        The trainer calls it once a step, in training mode, without gradient and in the precision of training.
+
+        Args:
+            parts: the micro-batches of this process, in order, each with the draws that its loss was given. Their
+                values have been used: what is drawn here comes from `draws.branch`.
+        """
 
     def forward(self, batch: Batch, draws: Draws) -> LossTerms:
         """`loss`: what data parallelism wraps."""

@@ -1,35 +1,39 @@
-"""Gaussian diffusion: DDPM (arXiv 2006.11239) and EDM (arXiv 2206.00364).
+"""Gaussian diffusion: DDPM (arXiv 2006.11239), improved DDPM (arXiv 2102.09672) and EDM (arXiv 2206.00364).
 
-Both are one model put together from parts: a schedule, a parametrization, a law of training times, a network, a
-solver. The training loss of an item is
+All are one model put together from parts: a schedule, a parametrization, an objective, a law of training times, a
+network, a solver. The training loss of an item is
 
     mean over dimensions of (F(c_in x_t, label) - F*)^2,   x_t = alpha x0 + sigma eps,
 
-in the units of the parametrization's own target F*: for `eps` this is DDPM's L_simple, for `edm` it is EDM's
-weighted loss (its lambda(sigma) c_out^2 is 1). `ddpm` and `edm` differ only in the defaults of the parts.
+in the units of the parametrization's own target F*, or another objective (`methods.objectives`). `ddpm`, `iddpm` and
+`edm` differ only in the defaults of the parts.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny
+import torch
+from pydantic import BeforeValidator, Field, SerializeAsAny, TypeAdapter
 from torch import Tensor, nn
 
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
 from osmose.gaussian import NOISES, PARAMETRIZATIONS, SCHEDULES, SOLVERS
-from osmose.gaussian.denoiser import Clipped, Denoiser, NetworkDenoiser
+from osmose.gaussian.chain import LevelDecoder, ReverseChain, Variance
+from osmose.gaussian.denoiser import Conditioned, NetworkDenoiser
 from osmose.gaussian.draws import Draws
 from osmose.gaussian.grid import Spacing, TimeGrid
 from osmose.gaussian.noise import Noise, WhiteNoise
 from osmose.gaussian.parametrization import EDMParametrization, EpsParametrization, Parametrization, column, noised
-from osmose.gaussian.schedule import LinearSchedule, Schedule, VarianceExploding
-from osmose.gaussian.solvers import DDIM, Heun, Solver
-from osmose.methods import TIME_SAMPLERS
+from osmose.gaussian.schedule import CosineSchedule, LinearSchedule, Schedule, VarianceExploding
+from osmose.gaussian.solvers import DDIM, Ancestral, Heun, Solver
+from osmose.methods import OBJECTIVES, TIME_SAMPLERS
 from osmose.methods.base import (
     Batch,
+    BoundTerms,
     GenerativeModel,
     LossTerms,
     MethodConfig,
@@ -37,6 +41,7 @@ from osmose.methods.base import (
     OnStep,
     SamplingConfig,
 )
+from osmose.methods.objectives import HybridObjective, Objective, Problem, SimpleObjective
 from osmose.methods.times import LogNormalTimes, TimeSamplerConfig, UniformTimes
 from osmose.networks.presets import network_for
 
@@ -44,7 +49,12 @@ ScheduleChoice = Annotated[SerializeAsAny[Schedule], BeforeValidator(SCHEDULES.p
 ParametrizationChoice = Annotated[SerializeAsAny[Parametrization], BeforeValidator(PARAMETRIZATIONS.parse)]
 NoiseChoice = Annotated[SerializeAsAny[Noise], BeforeValidator(NOISES.parse)]
 SolverChoice = Annotated[SerializeAsAny[Solver], BeforeValidator(SOLVERS.parse)]
+ObjectiveChoice = Annotated[SerializeAsAny[Objective], BeforeValidator(OBJECTIVES.parse)]
 TimesChoice = Annotated[SerializeAsAny[TimeSamplerConfig], BeforeValidator(TIME_SAMPLERS.parse)]
+
+_VARIANCE: TypeAdapter[Variance] = TypeAdapter(Variance)
+#: Steps of the bound on a schedule that has none of its own.
+_BOUND_STEPS = 1000
 
 
 class GaussianSampling(SamplingConfig):
@@ -62,7 +72,11 @@ class DiffusionConfig(MethodConfig):
     schedule: ScheduleChoice
     parametrization: ParametrizationChoice
     noise: NoiseChoice = WhiteNoise()
+    objective: ObjectiveChoice = SimpleObjective()
     times: TimesChoice
+    variance: Variance = Field(
+        "fixed_small", description="of the reverse chain in the bound; learned_range is a second output of the network"
+    )
     sampling: GaussianSampling = GaussianSampling()
 
     @classmethod
@@ -80,6 +94,16 @@ class DDPMConfig(DiffusionConfig):
     schedule: ScheduleChoice = LinearSchedule()
     parametrization: ParametrizationChoice = EpsParametrization()
     times: TimesChoice = UniformTimes()
+
+
+class IDDPMConfig(DDPMConfig):
+    """Improved DDPM: DDPM with a learned variance, taught by L_hybrid on the cosine schedule of 4,000 steps."""
+
+    kind: Literal["iddpm"] = "iddpm"  # type: ignore[assignment]
+    schedule: ScheduleChoice = CosineSchedule(num_steps=4000)
+    objective: ObjectiveChoice = HybridObjective()
+    variance: Variance = "learned_range"
+    sampling: GaussianSampling = GaussianSampling(num_steps=100, solver=Ancestral(variance="learned_range"))
 
 
 class EDMConfig(DiffusionConfig):
@@ -117,28 +141,109 @@ class Diffusion(GenerativeModel):
             self.sampling()
         except UserError as error:  # before training, not after
             raise UserError(f"sampling.{error}") from None
-        network = config.network.build(spec.shape, num_classes=spec.num_classes if config.conditional else None)
-        self.denoiser = NetworkDenoiser(network, config.schedule, config.parametrization)
+        learned = config.variance == "learned_range"
+        outputs = {"num_outputs": 2} if learned else {}
+        classes = spec.num_classes if config.conditional else None
+        network = config.network.build(spec.shape, num_classes=classes, **outputs)
+        self.denoiser = NetworkDenoiser(network, config.schedule, config.parametrization, learned)
+        if learned:  # before training, not after
+            with torch.no_grad():
+                self.denoiser.outputs(torch.zeros(1, *spec.shape), TimeGrid.of(config.schedule, 1).levels[0])
         self.times = config.times.build(config.schedule)
+        native = config.schedule.native_steps
+        self._problem = Problem(
+            self.denoiser,
+            config.variance,
+            None if native is None else ReverseChain(TimeGrid.of(config.schedule, native)),
+            self._decoder(),
+        )
+        config.objective.check(self._problem)
+
+    def _decoder(self) -> LevelDecoder | None:
+        limits = self.spec.model_range
+        return None if limits is None or self.spec.levels is None else LevelDecoder(*limits, self.spec.levels)
 
     def sampling(self, **options: Any) -> SamplingConfig:
         sampling = super().sampling(**options)
         assert isinstance(sampling, GaussianSampling)
         TimeGrid.of(self.schedule, sampling.num_steps, sampling.spacing)  # refuses what does not fit the schedule
+        self._require_variance("solver.variance", sampling.solver.needs_learned_variance)
         return sampling
+
+    def _require_variance(self, name: str, learned: bool) -> None:
+        if learned and self.config.variance != "learned_range":
+            raise UserError(
+                f"{name}: learned_range needs a model with a learned variance (train with variance=learned_range "
+                f"objective=hybrid); this one has {self.config.variance!r}"
+            )
 
     def networks(self) -> list[nn.Module]:
         return [self.denoiser.network]
 
     def loss(self, batch: Batch, draws: Draws) -> LossTerms:
         t, weight = self.times.draw(draws)
-        level = self.schedule.level(t)
-        eps = self.config.noise.sample(draws, self.spec.shape).to(batch.x0.dtype)
-        out = self.denoiser.output(noised(batch.x0, eps, level), level, batch.condition)
-        per_item = (out - self.denoiser.target(batch.x0, eps, level)).square().flatten(1).mean(1)
+        terms = self._losses(batch, t, draws)
+        per_item = terms.per_item if weight is None else terms.per_item * column(weight, terms.per_item)
+        return LossTerms(per_item, t, terms.parts | self.times.report(t), weight)
+
+    def _losses(self, batch: Batch, t: Tensor, draws: Draws) -> LossTerms:
+        """The objective at given times, as the time sampler sees it: without importance weights."""
+        first = self.config.noise.sample(draws, self.spec.shape).to(batch.x0.dtype)
+
+        def noise(index: int) -> Tensor:
+            if index == 0:
+                return first
+            return self.config.noise.sample(draws.branch("noise", index), self.spec.shape).to(batch.x0.dtype)
+
+        terms = self.config.objective.losses(self._problem, batch, t, noise)
         if self.training:
-            self.times.observe(t, per_item.detach())
-        return LossTerms(per_item if weight is None else per_item * column(weight, per_item), t)
+            self.times.observe(t, terms.per_item.detach())
+        return terms
+
+    def after_step(self, parts: Sequence[tuple[Batch, Draws]]) -> None:
+        self.times.commit()
+        for extra in range(self.times.extra_updates):
+            for batch, draws in parts:
+                branch = draws.branch("extra", extra)
+                self._losses(batch, self.times.draw(branch)[0], branch)
+            self.times.commit()
+
+    def bound(
+        self,
+        batch: Batch,
+        draws: Draws,
+        on_step: OnStep,
+        *,
+        num_steps: int | None = None,
+        variance: str | None = None,
+        clip: bool = True,
+    ) -> BoundTerms:
+        decoder = self._decoder()
+        if decoder is None:
+            raise UserError(
+                "likelihood: bits per dimension need data with a known number of levels (256 for 8-bit images, 17 for "
+                "the digits); these have none"
+            )
+        kind = _VARIANCE.validate_python(variance or self.config.variance)
+        self._require_variance("variance", kind == "learned_range")
+        steps = num_steps or self.schedule.native_steps or _BOUND_STEPS
+        chain = ReverseChain(TimeGrid.of(self.schedule, steps))
+        x0, n = batch.x0, len(batch.x0)
+        table, x0_error, eps_error = (torch.empty(n, steps, dtype=torch.float64) for _ in range(3))
+        for index in range(steps):
+            level = chain.levels[index]
+            eps = self.config.noise.sample(draws, self.spec.shape).to(x0.dtype)
+            x0_hat, share = self.denoiser.with_variance(noised(x0, eps, level), level, batch.condition)
+            eps_error[:, index] = (x0 - x0_hat).square().flatten(1).mean(1) * (level.alpha / level.sigma) ** 2
+            if clip and self.spec.model_range is not None:
+                x0_hat = x0_hat.clamp(*self.spec.model_range)
+            k = torch.full((n,), index + 1)
+            log_variance = chain.log_variance(kind, k, share, x0)
+            table[:, index] = chain.term(k, x0, x0_hat, log_variance, decoder)
+            x0_error[:, index] = (x0 - x0_hat).square().flatten(1).mean(1)
+            on_step(index + 1, steps)
+        t = torch.tensor([level.t for level in chain.levels], dtype=torch.float64)
+        return BoundTerms(t, chain.prior_term(x0.cpu().double(), self.schedule.prior_std), table, x0_error, eps_error)
 
     def generate(
         self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: OnStep
@@ -147,15 +252,13 @@ class Diffusion(GenerativeModel):
         solver, grid = sampling.solver, TimeGrid.of(self.schedule, sampling.num_steps, sampling.spacing)
         if warning := solver.warning(grid.num_steps, self.schedule.native_steps):
             warnings.warn(warning, stacklevel=2)
-        denoiser: Denoiser = self.denoiser
-        if sampling.clip and self.spec.model_range is not None:
-            denoiser = Clipped(denoiser, *self.spec.model_range)
+        denoise = Conditioned(self.denoiser, condition, self.spec.model_range if sampling.clip else None)
 
         def noise() -> Tensor:
             return self.config.noise.sample(draws, self.spec.shape)
 
         x = noise() * self.schedule.prior_std
-        for step, state in enumerate(solver.run(lambda x, level: denoiser(x, level, condition), x, grid, noise), 1):
+        for step, state in enumerate(solver.run(denoise, x, grid, noise), 1):
             x = state.x
             on_step(step, grid.num_steps)
         return x, solver.evaluations(grid.num_steps)

@@ -4,7 +4,7 @@
         weights.safetensors     the live weights and buffers
         average.safetensors     the averaged weights
         optimizer.safetensors   the optimiser's tensors, `index.name`
-        state.json              step, number of updates, losses since the last line of the log, random state
+        state.json              step, number of updates, losses and parts since the last line of the log, random state
 
 Randomness is a pure function of (seed, step), and so is the order of the data, so the random state that has to be kept
 is the pair (seed, step) itself. A folder appears under its final name only when it is complete.

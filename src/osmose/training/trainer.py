@@ -17,7 +17,7 @@ from osmose.data.batches import BatchOrder
 from osmose.data.dataset import Dataset
 from osmose.data.pictures import has_picture, picture
 from osmose.errors import UserError
-from osmose.gaussian.draws import StepDraws, mix, seeded
+from osmose.gaussian.draws import Draws, StepDraws, mix, seeded
 from osmose.methods.base import Batch, GenerativeModel
 from osmose.training import files
 from osmose.training.checkpoint import Checkpoints
@@ -81,6 +81,7 @@ class Trainer:
         self.step = int(state["step"])
         if self.is_main and "window" in state:  # the sums are over all processes: one takes them up again
             self.window.sums = torch.tensor(state["window"], dtype=torch.float64)
+            self.window.parts = list(state.get("parts", []))
         if self.config.compile:
             for network in self.model.networks():
                 network.compile()
@@ -134,22 +135,27 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.step)
         items = self.order.indices(self.step)
+        parts: list[tuple[Batch, Draws]] = []
         for index in range(self.config.accumulate):
             start = index * self.micro + self.accelerator.process_index * self.share
             draws = StepDraws(self.seed, self.step, start, start + self.share, self.config.batch_size, self.device)
+            batch = self._batch(items[start : start + self.share], draws)
+            parts.append((batch, draws))
             torch.manual_seed(mix(self.seed, "dropout", self.step, start))
             final = index == self.config.accumulate - 1
             with contextlib.nullcontext() if final else self.accelerator.no_sync(self.parallel):
                 with self.accelerator.autocast():
-                    terms = self.parallel(self._batch(items[start : start + self.share], draws), draws)
+                    terms = self.parallel(batch, draws)
                 self.accelerator.backward(terms.per_item.mean() / self.config.accumulate)
-            window.add(terms.per_item.detach(), terms.t)
+            window.add(terms)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or float("inf"))
         if not bool(torch.isfinite(norm)):
             self._diverged("the loss is no longer finite", self.step + 1, terms.t)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update()
+        with torch.no_grad(), self.accelerator.autocast():
+            self.model.after_step(parts)
         return float(norm)
 
     def _batch(self, items: Tensor, draws: StepDraws | None) -> Batch:
@@ -166,7 +172,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
-        """Loss of the averaged weights on held-out items, in all and by quartile of t; the same noise every time."""
+        """Loss of the averaged weights on held-out items, in all, by quartile of t, in parts; always the same noise."""
         held_out, labels = self.dataset.held_out, self.dataset.held_out_labels
         count = min(self.config.validation_items, len(held_out))
         items = torch.randperm(len(held_out), generator=seeded(self.seed, "validation"))[:count]
@@ -179,7 +185,7 @@ class Trainer:
                 draws = StepDraws(self.seed, _VALIDATION, start, start + len(part), count, self.device)
                 with self.accelerator.autocast():
                     terms = self.model.loss(Batch(x0, self._classes(labels, part)), draws)
-                window.add(terms.per_item, terms.t)
+                window.add(terms)
         return {f"validation_{name}": value for name, value in window.losses(lambda sums: sums).items()}
 
     def preview(self) -> None:
@@ -198,13 +204,16 @@ class Trainer:
         """Write a checkpoint, then the weights to sample with.
 
         Raises:
-            DivergedError: a weight is not finite; nothing is written.
+            DivergedError: a weight or a logged loss is not finite; nothing is written.
         """
         if not all(bool(value.isfinite().all()) for value in self.model.parameters()):
             self._diverged("a weight is no longer finite", self.step)
-        window = self._summed(self.window.sums).tolist()
+        window = self._summed(self.window.sums)
+        if not bool(window.isfinite().all()):
+            self._diverged("the loss, or a part of it, is no longer finite", self.step)
         if self.is_main:
-            self.checkpoints.save(self.step, self.model, self.ema, self.optimizer, window=window)
+            more = {"window": window.tolist(), "parts": self.window.parts}
+            self.checkpoints.save(self.step, self.model, self.ema, self.optimizer, **more)
             self.run.write_weights(self.ema.state_dict())
         self.accelerator.wait_for_everyone()
 

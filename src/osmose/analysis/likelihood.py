@@ -1,0 +1,172 @@
+"""Bits per dimension: the variational bound of a model on real data, split into its terms, with pictures."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osmose.data.dataset import Dataset
+from osmose.errors import UserError
+from osmose.gaussian.draws import SampleDraws, seeded
+from osmose.methods.base import Batch, BoundTerms, GenerativeModel, OnStep
+from osmose.training import files
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """The bound of n items in bits per dimension: an upper limit of the negative log-likelihood.
+
+    Attributes:
+        per_item: L of each item, float64 (n,).
+        prior: mean of L_T.
+        terms: mean of L_0, L_1, ..., L_{K-1}, float64 (K,).
+        t: the times of these terms, float64 (K,).
+        distortion: root mean square of x0 - x0_hat at each step, model units, float64 (K,).
+        eps_error: mean square of eps - eps_hat at each step, float64 (K,); its mean over t is L_simple.
+        conditions: part, n, num_steps, variance, clip, seed: what the numbers hold for.
+    """
+
+    per_item: Tensor
+    prior: float
+    terms: Tensor
+    t: Tensor
+    distortion: Tensor
+    eps_error: Tensor
+    conditions: dict[str, Any]
+
+    @property
+    def bits(self) -> float:
+        """L, bits per dimension."""
+        return float(self.per_item.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Of `bits` over the choice of items."""
+        return float(self.per_item.std() / math.sqrt(len(self.per_item)))
+
+    @property
+    def rate(self) -> Tensor:
+        """Bits per dimension received once step k is reached from the noisiest one: L_T + L_{K-1} + ... + L_k, (K,)."""
+        return self.prior + self.terms.flip(0).cumsum(0).flip(0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "bits_per_dim": self.bits,
+            "standard_error": self.standard_error,
+            "prior": self.prior,
+            "decoder": float(self.terms[0]),
+            "transitions": float(self.terms[1:].sum()),
+            "eps_error": float(self.eps_error.mean()),
+            **self.conditions,
+            "t": self.t.tolist(),
+            "terms": self.terms.tolist(),
+            "distortion": self.distortion.tolist(),
+            "eps_error_by_t": self.eps_error.tolist(),
+        }
+
+
+def likelihood(
+    model: GenerativeModel,
+    dataset: Dataset,
+    *,
+    part: str = "held-out",
+    n: int | None = None,
+    num_steps: int | None = None,
+    variance: str | None = None,
+    clip: bool = True,
+    seed: int = 0,
+    batch_size: int = 256,
+    on_step: OnStep | None = None,
+) -> Likelihood:
+    """The bound of a model on real items; every term of every item is estimated with one fresh noise.
+
+    Args:
+        model: a model whose method has a bound.
+        dataset: the data it was trained on.
+        part: "held-out" or "train".
+        n: a random subset of so many items; all if None.
+        num_steps: steps of the chain, all that the schedule has if None.
+        variance: fixed_small, fixed_large or learned_range; the model's own if None.
+        clip: keep the denoised estimate inside the data's range.
+        seed: of subset and noise.
+        batch_size: items computed together; changes nothing but speed.
+        on_step: called with the steps done and the steps in all.
+
+    Raises:
+        UserError: a model or data without a bound, an option that is refused.
+    """
+    if part not in ("train", "held-out"):
+        raise UserError(f"part: {part!r} is not valid: should be train or held-out")
+    items, labels = dataset.part("train" if part == "train" else "held-out")
+    if n is not None and not 2 <= n <= len(items):
+        raise UserError(f"n: {n} is not valid: must be between 2 and the {len(items)} {part} items")
+    chosen = torch.randperm(len(items), generator=seeded(seed, "likelihood"))[: n or len(items)]
+    found: list[BoundTerms] = []
+    total = -(-len(chosen) // batch_size)
+    training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for index, first in enumerate(range(0, len(chosen), batch_size)):
+            rows = chosen[first : first + batch_size]
+            condition = labels[rows].to(model.device) if model.config.conditional and labels is not None else None
+            batch = Batch(model.spec.encode(items[rows].to(model.device)), condition)
+
+            def report(done: int, of: int, index: int = index) -> None:
+                if on_step is not None:
+                    on_step(index * of + done, total * of)
+
+            draws = SampleDraws(seed, first, len(rows), model.device)
+            found.append(model.bound(batch, draws, report, num_steps=num_steps, variance=variance, clip=clip))
+    model.train(training)
+    bits = 1 / math.log(2)
+    steps, prior = (
+        torch.cat([terms.steps for terms in found]) * bits,
+        torch.cat([terms.prior for terms in found]) * bits,
+    )
+    return Likelihood(
+        per_item=prior + steps.sum(1),
+        prior=float(prior.mean()),
+        terms=steps.mean(0),
+        t=found[0].t,
+        distortion=torch.cat([terms.x0_error for terms in found]).mean(0).sqrt(),
+        eps_error=torch.cat([terms.eps_error for terms in found]).mean(0),
+        conditions={
+            "part": part,
+            "n": len(chosen),
+            "num_steps": steps.shape[1],
+            "variance": variance or getattr(model.config, "variance", None),
+            "clip": clip,
+            "seed": seed,
+            "levels": model.spec.levels,
+        },
+    )
+
+
+def write_likelihood(result: Likelihood, folder: Path) -> list[Path]:
+    """Write likelihood.json and likelihood.png: the terms against t, and rate against distortion."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    shown = result.terms > 0
+    left.plot(result.t[shown], result.terms[shown], linewidth=1.2)
+    left.set(xlabel="t (0 = data, 1 = noise)", ylabel="term of the bound (bits per dimension)", yscale="log")
+    left.set_title(f"{result.bits:.3f} ± {result.standard_error:.3f} bits/dim, of which L_0 {result.terms[0]:.3f}")
+    right.plot(result.rate, result.distortion, linewidth=1.2)
+    right.set(xlabel="rate (bits per dimension)", ylabel="distortion (root mean square, data in [-1, 1])")
+    right.set_title("progressive decoding")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    paths = [folder / "likelihood.json", folder / "likelihood.png"]
+    files.write_json(paths[0], result.to_json())
+    files.write_bytes(paths[1], buffer.getvalue())
+    return paths

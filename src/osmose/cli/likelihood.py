@@ -1,0 +1,96 @@
+"""`osmose analyze likelihood`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from osmose.cli.command import Result, quiet_warnings, sampling_bar
+from osmose.errors import UserError
+
+
+@dataclass
+class Likelihood:
+    """Bits per dimension of real data under a run's model: the variational bound, split into its terms.
+
+    Every step of the chain is scored once for every item, so it costs as many network evaluations as the schedule has
+    steps. The number is an upper limit of the negative log-likelihood of the averaged weights, and holds for one number
+    of levels: digits have 17, 8-bit images 256. Writes likelihood.json and likelihood.png.
+    """
+
+    model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder")]
+    num: Annotated[int | None, arg(aliases=["-n"], help="real items, chosen at random; all if not given")] = None
+    steps: Annotated[int | None, arg(help="steps of the chain; all that the schedule has if not given")] = None
+    part: Annotated[str, arg(help="real data to score: held-out or train")] = "held-out"
+    variance: Annotated[
+        str | None, arg(help="fixed_small, fixed_large or learned_range; the model's own if not given")
+    ] = None
+    no_clip: Annotated[bool, arg(help="leave the denoised estimate as it is, outside the data's range too")] = False
+    out: Annotated[Path | None, arg(help="folder to write to; RUN/likelihood if not given")] = None
+    data_root: Annotated[Path | None, arg(help="where the data lie, if not where the run found them")] = None
+    seed: Annotated[int, arg(help="of the choice of items and of the noise")] = 0
+    batch_size: Annotated[int, arg(help="items computed together")] = 256
+    device: Annotated[str, arg(help="cpu, cuda or mps; auto takes the fastest there is")] = "auto"
+    threads: Annotated[int | None, arg(help="CPU threads; all cores if not given")] = None
+    quiet: Annotated[bool, arg(help="no progress")] = False
+    json: Annotated[bool, arg(help="print the result as JSON")] = False
+
+    def run(self) -> Result:
+        """Score, write, answer."""
+        for name in ("steps", "batch_size", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')}: {value} is not valid: must be at least 1")
+        import torch
+
+        from osmose.analysis.likelihood import likelihood, write_likelihood
+        from osmose.cli.devices import device
+        from osmose.training.run import Run
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        run = Run.open(self.model)
+        model = run.model(device(self.device))
+        out = self.out or run.folder / "likelihood"
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out: {out} is a file; name a folder")
+        with quiet_warnings():
+            moved = {"root": str(self.data_root)} if self.data_root else {}
+            dataset = run.config.data.replace(**moved).load()
+        if dataset.identity.sha256 != run.config.identity.sha256:
+            raise UserError(
+                f"data: {run.config.identity.source!r} is not what this run was trained on (its hash differs)"
+            )
+        with sampling_bar(f"scoring {self.model}", not (self.quiet or self.json)) as on_step:
+            result = likelihood(
+                model,
+                dataset,
+                part=self.part,
+                n=self.num,
+                num_steps=self.steps,
+                variance=self.variance,
+                clip=not self.no_clip,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                on_step=on_step,
+            )
+        paths = write_likelihood(result, out)
+        c = result.conditions
+        lines = [
+            f"at most {result.bits:.4f} ± {result.standard_error:.4f} bits per dimension (standard error), "
+            f"{c['n']} {c['part']} items, {c['levels']} levels",
+            f"  prior L_T       {result.prior:.5f}",
+            f"  transitions     {float(result.terms[1:].sum()):.4f}  ({c['num_steps'] - 1} terms)",
+            f"  decoder L_0     {float(result.terms[0]):.4f}",
+            f"  chain of {c['num_steps']} steps, variance {c['variance']}, {'' if c['clip'] else 'not '}clipped",
+            f"mean squared error of the noise, all t alike: {float(result.eps_error.mean()):.4f}",
+            "wrote " + ", ".join(map(str, paths)),
+        ]
+        return Result(
+            {"run": str(self.model), **result.to_json(), "wrote": [str(path) for path in paths]},
+            lines,
+            f"osmose evaluate {self.model}",
+        )
