@@ -159,6 +159,67 @@ def test_registries_name_the_nearest_kind_and_take_objects():
         SHAPES.resolve("sqare")
 
 
+FIGURES = Registry(
+    "figure",
+    {"square": (f"{__name__}:Square", "a square"), "disc": (f"{__name__}:Disc", "a disc")},
+    {"coin": ({"kind": "disc", "radius": 0.5}, "a small disc"), "unit": ({"kind": "square", "side": 1}, "one by one")},
+)
+
+
+class Drawing(Config):
+    figure: Annotated[SerializeAsAny[Shape], BeforeValidator(FIGURES.parse)] = Disc()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("coin", Disc(radius=0.5)),
+        ({"kind": "coin"}, Disc(radius=0.5)),
+        ({"kind": "coin", "radius": 2}, Disc(radius=2.0)),
+        ("unit", Square(side=1)),
+        ("disc", Disc()),
+        (Square(side=7), Square(side=7)),
+    ],
+)
+def test_a_preset_is_as_good_as_a_kind(given, expected):
+    drawing = Drawing.parse({"figure": given})
+    assert drawing.figure == expected
+    assert drawing.to_json()["figure"]["kind"] in FIGURES.entries
+    assert Drawing.parse(drawing.to_json()) == drawing
+
+
+def test_overrides_choose_presets_first_and_their_fields_after():
+    drawing = Drawing.parse({"figure": {"kind": "disc", "radius": 3}})
+    for chosen in ({"figure": "coin"}, {"figure.kind": "coin"}):
+        assert drawing.replace(**chosen).figure == Disc(radius=0.5)  # not the radius that was there
+        for changes in ({**chosen, "figure.radius": 4}, {"figure.radius": 4, **chosen}):
+            assert drawing.replace(**changes).figure == Disc(radius=4.0)
+    assert drawing.replace(figure="unit").figure == Square(side=1)
+    assert drawing.replace(figure={"kind": "coin", "radius": 5}).figure == Disc(radius=5.0)
+    assert override({}, {"figure": "coin", "figure.radius": 4}) == {"figure": {"kind": "coin", "radius": 4}}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("coyn", "figure.kind: unknown figure 'coyn'; did you mean 'coin'? (one of coin, disc, square, unit)"),
+        ({"radius": 1}, "figure.kind: missing; choose one of coin, disc, square, unit"),
+        ({"kind": "coin", "side": 1}, "figure.side: unknown field; choose one of kind, radius"),
+        ({"kind": "coin", "radius": "x"}, "figure.radius: 'x' is not valid: should be a valid number"),
+        ({"kind": "coin", "radius": 11}, "figure: {'kind': 'disc', 'radius': 11} is not valid"),
+    ],
+)
+def test_presets_are_refused_like_kinds(given, message):
+    with pytest.raises(ConfigError) as caught:
+        Drawing.parse({"figure": given})
+    assert str(caught.value).startswith(message)
+
+
+def test_presets_are_among_the_choices():
+    assert FIGURES.choices == {"square": "a square", "disc": "a disc", "coin": "a small disc", "unit": "one by one"}
+    assert SHAPES.choices == {"square": "a square", "disc": "a disc"}
+
+
 def test_nearest():
     assert nearest("abd", ["abc", "xyz"]) == "did you mean 'abc'? (one of abc, xyz)"
     assert nearest("q", ["b", "a"]) == "choose one of a, b"

@@ -145,6 +145,14 @@ def _read_value(value: str) -> Any:
 
 
 @dataclass(frozen=True)
+class Preset:
+    """A name for values of a part: a mapping with a `kind`, and what it is, in one line."""
+
+    values: Mapping[str, Any]
+    summary: str
+
+
+@dataclass(frozen=True)
 class Entry:
     """One choice of a registry: where its configuration class lives and what it is, in one line."""
 
@@ -156,15 +164,33 @@ class Registry:
     """The kinds that one part comes in.
 
     Used as a pydantic validator on a field: it accepts a configuration object, a mapping with a `kind`, or the
-    kind alone as a string.
+    kind alone as a string. The name of a preset is as good as a kind: its values take the place of the kind's defaults,
+    and the configuration has the kind that they say.
+
+    Args:
+        noun: what one of them is called.
+        entries: kind -> (place of its configuration class, summary).
+        presets: name -> (values with a registered `kind`, summary).
     """
 
     everything: ClassVar[dict[str, Registry]] = {}
 
-    def __init__(self, noun: str, entries: Mapping[str, tuple[str, str]]):
+    def __init__(
+        self,
+        noun: str,
+        entries: Mapping[str, tuple[str, str]],
+        presets: Mapping[str, tuple[Mapping[str, Any], str]] | None = None,
+    ):
         self.noun = noun
         self.entries = {kind: Entry(*entry) for kind, entry in entries.items()}
+        self.presets = {name: Preset(*preset) for name, preset in (presets or {}).items()}
         Registry.everything[noun] = self
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """What may stand for a kind, kinds first, each with its summary."""
+        kinds = {kind: entry.summary for kind, entry in self.entries.items()}
+        return kinds | {name: preset.summary for name, preset in self.presets.items()}
 
     def resolve(self, kind: str) -> Any:
         """Import and return what `kind` names.
@@ -173,18 +199,25 @@ class Registry:
             UserError: `kind` is not registered; the message names the nearest one that is.
         """
         if kind not in self.entries:
-            raise UserError(f"unknown {self.noun} {kind!r}; {nearest(kind, self.entries)}")
+            raise UserError(f"unknown {self.noun} {kind!r}; {nearest(kind, self.choices)}")
         module, _, name = self.entries[kind].target.partition(":")
         return getattr(importlib.import_module(module), name)
 
     def parse(self, value: Any) -> Any:
-        """Turn a kind, a mapping with a `kind`, or a configuration object into a configuration object."""
+        """Turn a kind, a mapping with a `kind`, or a configuration object into a configuration object.
+
+        Raises:
+            ConfigError: no such kind or preset, or values that the kind refuses.
+        """
         if isinstance(value, Config):
             return value
         if isinstance(value, str):
             value = {"kind": value}
         if not isinstance(value, Mapping) or not isinstance(value.get("kind"), str):
-            raise ConfigError("kind", f"missing; choose one of {', '.join(sorted(self.entries))}")
+            raise ConfigError("kind", f"missing; choose one of {', '.join(sorted(self.choices))}")
+        if value["kind"] in self.presets:
+            preset = self.presets[value["kind"]].values
+            value = {**preset, **value, "kind": preset["kind"]}
         try:
             cls = self.resolve(value["kind"])
         except ConfigError:

@@ -39,7 +39,7 @@ def test_help_names_every_command(osmose):
 
 @pytest.mark.parametrize("verb", COMMANDS)
 def test_help_of_a_command_explains_every_argument(osmose, verb):
-    answer = osmose(verb, "--help")
+    answer = osmose(*verb.split(), "--help")
     assert answer.status == 0
     assert answer.err == ""
     module, _, name = COMMANDS[verb][0].partition(":")

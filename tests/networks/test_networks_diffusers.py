@@ -6,6 +6,7 @@ blocks                         layers_per_block
 attention (resolutions)        AttnDownBlock2D / AttnUpBlock2D at those levels
 heads = channels / width       attention_head_dim = the width of a head; None is one head
 norm_groups                    norm_num_groups; group_channels=1 where that leaves fewer than four channels to a group
+scale_shift                    resnet_time_scale_shift = "scale_shift" (else "default")
 padding                        downsample_padding = 1 (symmetric) or 0 (asymmetric)
 (DDPM's embedding)             flip_sin_to_cos = False, freq_shift = 1
 """
@@ -24,6 +25,10 @@ CASES = {
     "cifar": ((3, 32, 32), UNetConfig(channels=16, mult=(1, 2, 2, 2), attention=(16,), norm_groups=4)),
     "digits": ((1, 8, 8), UNetConfig(channels=16, mult=(1, 2), attention=(8, 4), norm_groups=4)),
     "shallow": ((1, 8, 8), UNetConfig(channels=16, mult=(1,), blocks=1, attention=(), norm_groups=4)),
+    "scale and shift": (
+        (1, 8, 8),
+        UNetConfig(channels=16, mult=(1, 2), attention=(8,), norm_groups=4, scale_shift=True),
+    ),
     "wide": ((2, 16, 32), UNetConfig(channels=16, mult=(1, 1, 3), blocks=1, attention=(16,), norm_groups=4)),
 }
 
@@ -42,7 +47,9 @@ def reference(config, event_shape, *, num_classes=None, head_dim=None):
         up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
         attention_head_dim=head_dim,
         norm_num_groups=config.norm_groups,
+        attn_norm_num_groups=config.norm_groups,
         norm_eps=config.norm_eps,
+        resnet_time_scale_shift="scale_shift" if config.scale_shift else "default",
         downsample_padding=1 if config.padding == "symmetric" else 0,
         flip_sin_to_cos=False,
         freq_shift=1,

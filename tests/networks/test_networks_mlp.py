@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from osmose.errors import UserError
 from osmose.networks.base import sinusoids
 from osmose.networks.mlp import MLPConfig
 
@@ -15,6 +16,20 @@ def test_any_event_and_zero_at_the_start(event_shape, width):
     out = network(x, torch.tensor([0.0, 500.0, 999.0]))
     assert out.shape == x.shape
     assert bool((out == 0).all())
+
+
+@pytest.mark.parametrize(("event_shape", "out_shape"), [((2,), (6,)), ((3, 5), (9, 5)), ((1, 4, 4), (3, 4, 4))])
+def test_several_outputs_lie_along_the_first_axis(event_shape, out_shape):
+    network = MLPConfig(width=8).build(event_shape, num_outputs=3)
+    out = network(torch.randn(4, *event_shape), torch.zeros(4))
+    assert out.shape == (4, *out_shape)
+    assert bool((out == 0).all())
+
+
+@pytest.mark.parametrize(("x", "label"), [((4, 3), 4), ((4, 2), 3), ((2,), 2), ((4, 2, 1), 4)])
+def test_input_of_another_form_is_refused(x, label):
+    with pytest.raises(UserError, match=r"network: built for events \(2,\) with one label each"):
+        MLPConfig(width=8).build((2,))(torch.zeros(x), torch.zeros(label))
 
 
 def perturbed(config, event_shape, num_classes=None):

@@ -3,7 +3,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from osmose.networks.unet import UNetConfig, _Attention, _Norm, _NormSiLU, _Upsample
+from osmose.networks.blocks import Attention, MBConv, Norm, NormSiLU, Residual, Upsample
+from osmose.networks.unet import UNetConfig
 
 
 def inputs(shape=(2, 8, 2, 3), channels=8):
@@ -13,7 +14,7 @@ def inputs(shape=(2, 8, 2, 3), channels=8):
 
 
 def norm_silu(x, weight, bias):
-    return _NormSiLU.apply(x, weight, bias, 4, 1e-3)[0]
+    return NormSiLU.apply(x, weight, bias, 4, 1e-3)[0]
 
 
 def plain(x, weight, bias):
@@ -71,10 +72,11 @@ def test_norm_silu_under_function_transforms():
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
-@pytest.fixture
-def network():
+@pytest.fixture(params=[{}, {"block": "mbconv"}, {"scale_shift": True}], ids=["residual", "mbconv", "scale_shift"])
+def network(request):
     torch.manual_seed(0)
-    network = UNetConfig(channels=8, mult=(1, 2), blocks=1, attention=(4,)).build((1, 8, 8), num_classes=3).double()
+    config = UNetConfig(channels=8, mult=(1, 2), blocks=1, attention=(4,), **request.param)
+    network = config.build((1, 8, 8), num_classes=3).double()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -130,7 +132,7 @@ def test_a_forward_derivative_can_be_trained_through(network):
 @pytest.mark.parametrize("side", [(1, 1), (2, 3), (7, 7)])
 def test_upsampling_is_nearest_and_a_convolution(layout, side):
     torch.manual_seed(0)
-    layer = _Upsample(4).double()
+    layer = Upsample(4).double()
     torch.nn.init.normal_(layer.conv.bias)
     x = torch.randn(2, 4, *side, dtype=torch.float64).to(memory_format=layout).requires_grad_()
     got = layer(x)
@@ -146,11 +148,11 @@ def test_upsampling_is_nearest_and_a_convolution(layout, side):
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_both_ways_to_attend_agree(heads, monkeypatch):
     torch.manual_seed(0)
-    layer = _Attention(UNetConfig(heads=heads), 8).double()
+    layer = Attention(UNetConfig(heads=heads), 8).double()
     torch.nn.init.normal_(layer.to_out[0].weight)
     x = torch.randn(2, 8, 4, 6, dtype=torch.float64)
     short = layer(x)
-    monkeypatch.setattr(_Attention, "SHORT", 0)
+    monkeypatch.setattr(Attention, "SHORT", 0)
     assert torch.allclose(layer(x), short, rtol=1e-9, atol=1e-10)
     # By the definition: softmax(q k^T / sqrt(c)) v, channels split among the heads.
     tokens = layer.group_norm(x).flatten(2).mT
@@ -161,8 +163,110 @@ def test_both_ways_to_attend_agree(heads, monkeypatch):
     assert torch.allclose(short, want, rtol=1e-9, atol=1e-10)
 
 
+def randomised(module):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.double().parameters():
+            parameter.copy_(0.5 * torch.randn_like(parameter))
+    return module
+
+
+@pytest.mark.parametrize("c_out", [8, 12])
+def test_the_residual_block_is_its_definition(c_out):
+    for scale_shift in (False, True):
+        block = randomised(Residual(UNetConfig(channels=4, scale_shift=scale_shift), 8, c_out))
+        x, embedding = torch.randn(2, 8, 4, 6).double(), torch.randn(2, 16).double()
+        time = block.time_emb_proj(embedding)[:, :, None, None]
+        h = block.conv1(F.silu(block.norm1(x)))
+        if scale_shift:
+            h = F.silu(block.norm2(h) * (1 + time[:, :c_out]) + time[:, c_out:])
+        else:
+            h = F.silu(block.norm2(h + time))
+        want = block.conv2(h) + (x if c_out == 8 else block.conv_shortcut(x))
+        assert torch.allclose(block(x, embedding), want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("c_out", [10, 12])
+def test_the_mbconv_block_is_its_definition(c_out):
+    block = randomised(MBConv(UNetConfig(channels=4), 10, c_out))
+    x, embedding = torch.randn(2, 10, 4, 6).double(), torch.randn(2, 16).double()
+    weights = dict(block.named_parameters())
+
+    def norm_silu(name, groups, h):
+        return F.silu(F.group_norm(h, groups, weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6))
+
+    h = torch.einsum("oi,bihw->bohw", weights["conv1.weight"][:, :, 0, 0], norm_silu("norm1", 2, x))
+    h = h + F.linear(embedding, weights["time_emb_proj.weight"], weights["time_emb_proj.bias"])[:, :, None, None]
+    h = norm_silu("norm2", 10, h)
+    padded = F.pad(h, (1, 1, 1, 1))
+    shifted = [padded[:, :, i : i + 4, j : j + 6] * weights["conv2.weight"][:, 0, i, j, None, None]
+               for i in range(3) for j in range(3)]  # fmt: skip
+    h = norm_silu("norm3", 10, sum(shifted))
+    squeezed = F.silu(h.mean((2, 3)) @ weights["squeeze.weight"].T)
+    assert squeezed.shape == (2, 2)  # a quarter of the input's channels, rounded down
+    h = h * torch.sigmoid(squeezed @ weights["excite.weight"].T)[:, :, None, None]
+    h = torch.einsum("oi,bihw->bohw", weights["conv3.weight"][:, :, 0, 0], h)
+    want = h + (x if c_out == 10 else block.conv_shortcut(x))
+    assert torch.allclose(block(x, embedding), want, rtol=1e-10, atol=1e-12)
+
+
+def scaled(x, scale, shift, weight, bias):
+    norm = Norm(UNetConfig(norm_groups=4, group_channels=1, norm_eps=1e-3), 8).double()
+    return torch.func.functional_call(Scaled(norm), {"norm.weight": weight, "norm.bias": bias}, (x, scale, shift))
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x, scale, shift):
+        return self.norm.scaled_silu(x, scale, shift)
+
+
+def scaled_inputs():
+    x, weight, bias = inputs()
+    scale, shift = torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64).unbind(0)
+    return x, scale.requires_grad_(), shift.requires_grad_(), weight, bias
+
+
+@every_layout
+def test_scaled_normalisation_is_its_definition(layout):
+    x, scale, shift, weight, bias = scaled_inputs()
+    x = x.detach().to(memory_format=layout).requires_grad_()
+    variables = (x, scale, shift, weight, bias)
+    got = scaled(*variables)
+    normed = F.group_norm(x, 4, weight, bias, 1e-3)
+    want = F.silu(normed * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
+    assert torch.allclose(got, want, rtol=1e-12, atol=1e-13)
+    grad = torch.randn_like(got)
+    for a, b in zip(*(torch.autograd.grad(y, variables, grad) for y in (got, want)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_scaled_normalisation_passes_every_gradcheck():
+    assert torch.autograd.gradcheck(scaled, scaled_inputs(), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(scaled, scaled_inputs())
+
+
+def test_scaled_normalisation_remembers_no_second_image():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        scaled(*scaled_inputs())
+    assert [t.shape for t in saved if t.numel() >= 2 * 8 * 6] == [(1, 16, 2, 3)]
+
+
+def test_a_depthwise_convolution_starts_with_the_fan_of_one_channel():
+    torch.manual_seed(0)
+    network = UNetConfig(channels=64, mult=(1,), attention=(), block="mbconv").build((1, 8, 8))
+    for block in network.mid_block.resnets:
+        # Xavier's bound is sqrt(6 / (fan in + fan out)), here 9 + 9; of the 1x1 convolution 64 + 256.
+        assert 0.95 < block.conv2.weight.abs().max() / (6 / 18) ** 0.5 <= 1
+        assert 0.95 < block.conv1.weight.abs().max() / (6 / 320) ** 0.5 <= 1
+
+
 def test_normalisation_takes_activations_in_bf16_and_parameters_in_float32():
-    norm = _Norm(UNetConfig(), 16)
+    norm = Norm(UNetConfig(), 16)
     x = torch.randn(2, 16, 4, 4).bfloat16().requires_grad_()
     out = norm.silu(x)
     out.float().square().sum().backward()
@@ -170,3 +274,8 @@ def test_normalisation_takes_activations_in_bf16_and_parameters_in_float32():
     assert norm.weight.grad.dtype == torch.float32
     exact = torch.nn.functional.silu(norm(x.detach().float()))
     assert (out.float() - exact).abs().max() < 0.05
+    scale, shift = torch.randn(2, 2, 16).bfloat16().unbind(0)
+    scaled = norm.scaled_silu(x, scale, shift)
+    exact = norm(x.detach().float()) * (1 + scale.float())[:, :, None, None] + shift.float()[:, :, None, None]
+    assert scaled.dtype == torch.bfloat16
+    assert (scaled.float() - F.silu(exact)).abs().max() < 0.1

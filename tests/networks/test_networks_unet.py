@@ -4,10 +4,13 @@ import torch
 from osmose.configuration import ConfigError
 from osmose.errors import UserError
 from osmose.networks import NETWORKS
+from osmose.networks.blocks import Norm
 from osmose.networks.presets import network_for
-from osmose.networks.unet import UNetConfig, _Norm
+from osmose.networks.unet import UNetConfig
 
 SMALL = UNetConfig(channels=16, mult=(1, 2), blocks=1, attention=(8,))
+BLOCKS = {"residual": {}, "mbconv": {"block": "mbconv"}, "scale_shift": {"scale_shift": True}}
+every_block = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 
 
 def built(config, event_shape, *, num_classes=None, perturb=0.1, dtype=torch.float32):
@@ -55,6 +58,9 @@ def test_published_variants_have_their_sizes(options, expected):
         (UNetConfig(channels=8, mult=(1,), attention=()), (1, 7, 5)),
         (UNetConfig(channels=8, mult=(1, 2, 2, 2), attention=()), (1, 8, 8)),
         (UNetConfig(channels=8, mult=(1, 2), attention=(4,), padding="asymmetric"), (1, 8, 8)),
+        *((UNetConfig(channels=8, mult=(1, 2, 2), attention=(14,), **block), (1, 28, 28)) for block in BLOCKS.values()),
+        (UNetConfig(channels=4, mult=(1, 2), attention=(), block="mbconv"), (3, 8, 8)),
+        (UNetConfig(channels=8, mult=(1, 2, 2, 2), attention=(16, 8), heads=4, scale_shift=True), (3, 32, 32)),
     ],
 )
 def test_shapes_and_the_zero_at_the_start(config, event_shape):
@@ -70,8 +76,20 @@ def test_shapes_and_the_zero_at_the_start(config, event_shape):
     assert bool(perturbed.isfinite().all())
 
 
-def test_every_parameter_learns_within_a_few_steps():
-    network = built(SMALL, (1, 16, 16), num_classes=3, perturb=0)
+@every_block
+def test_branches_start_as_nothing(block):
+    network = built(SMALL.replace(**block), (1, 16, 16), perturb=0)
+    x, embedding = torch.randn(2, 32, 4, 4), torch.randn(2, 64)
+    for part in network.mid_block.resnets:
+        assert torch.equal(part(x, embedding), x)
+    first, x16 = network.down_blocks[1].resnets[0], x[:, :16].contiguous()
+    assert torch.equal(first(x16, embedding), first.conv_shortcut(x16))
+    assert torch.equal(network.mid_block.attentions[0](x), x)
+
+
+@every_block
+def test_every_parameter_learns_within_a_few_steps(block):
+    network = built(SMALL.replace(**block), (1, 16, 16), num_classes=3, perturb=0)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
     x, target = torch.randn(2, 4, 1, 16, 16).unbind(0)
     label, classes = torch.tensor([3.0, 200.0, 700.0, 950.0]), torch.tensor([0, 1, 2, 0])
@@ -85,8 +103,9 @@ def test_every_parameter_learns_within_a_few_steps():
     assert [name for name in silent if name not in keys] == []
 
 
-def test_items_of_a_batch_do_not_meet():
-    network = built(SMALL, (1, 16, 16), num_classes=4, dtype=torch.float64)
+@every_block
+def test_items_of_a_batch_do_not_meet(block):
+    network = built(SMALL.replace(**block), (1, 16, 16), num_classes=4, dtype=torch.float64)
     x, label, classes = torch.randn(4, 1, 16, 16).double(), torch.tensor([1.0, 300, 600, 999]), torch.arange(4)
     together = network(x, label, classes)
     for i in range(4):
@@ -97,10 +116,11 @@ def test_items_of_a_batch_do_not_meet():
     assert torch.allclose(network(other, label, classes)[1:], together[1:], rtol=1e-10, atol=1e-12)
 
 
+@every_block
 @pytest.mark.parametrize("channels", [4, 8, 16, 24, 32, 64])
-def test_every_level_sees_the_time_and_the_class(channels):
+def test_every_level_sees_the_time_and_the_class(channels, block):
     # One channel to a group of the normalisation would wipe out what the embedding adds to a whole channel.
-    config = UNetConfig(channels=channels, mult=(1, 2), blocks=1, attention=())
+    config = UNetConfig(channels=channels, mult=(1, 2), blocks=1, attention=(), **block)
     network = built(config, (1, 8, 8), num_classes=2, dtype=torch.float64)
     seen = {}
     for name, module in network.named_modules():
@@ -117,8 +137,9 @@ def test_every_level_sees_the_time_and_the_class(channels):
         assert (seen[first][-1][1] - seen[first][0][1]).abs().max() > 1e-3
 
 
-def test_time_changes_the_output_after_one_step_of_training():
-    network = built(SMALL, (1, 16, 16), perturb=0)
+@every_block
+def test_time_changes_the_output_after_one_step_of_training(block):
+    network = built(SMALL.replace(**block), (1, 16, 16), perturb=0)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
     x, target = torch.randn(2, 4, 1, 16, 16).unbind(0)
     for _ in range(3):  # one step for each layer of zeros between the embedding and the output
@@ -129,8 +150,9 @@ def test_time_changes_the_output_after_one_step_of_training():
     assert (a - b).abs().max() > 1e-4
 
 
-def test_evaluation_is_deterministic_and_training_drops():
-    network = built(SMALL.replace(dropout=0.5), (1, 16, 16))
+@every_block
+def test_evaluation_is_deterministic_and_training_drops(block):
+    network = built(SMALL.replace(dropout=0.5, **block), (1, 16, 16))
     x, label = torch.randn(2, 1, 16, 16), torch.tensor([1.0, 900.0])
     network.eval()
     assert torch.equal(network(x, label), network(x, label))
@@ -138,8 +160,9 @@ def test_evaluation_is_deterministic_and_training_drops():
     assert not torch.equal(network(x, label), network(x, label))
 
 
-def test_channels_last_gives_the_same_result():
-    network = built(SMALL, (3, 16, 16), dtype=torch.float64)
+@every_block
+def test_channels_last_gives_the_same_result(block):
+    network = built(SMALL.replace(**block), (3, 16, 16), dtype=torch.float64)
     x, label = torch.randn(2, 3, 16, 16).double().requires_grad_(), torch.tensor([1.0, 900.0])
     plain = network(x, label)
     plain_grad = torch.autograd.grad(plain.square().sum(), [x, *network.parameters()])
@@ -147,6 +170,27 @@ def test_channels_last_gives_the_same_result():
     assert torch.allclose(last, plain, rtol=1e-9, atol=1e-10)
     for a, b in zip(torch.autograd.grad(last.square().sum(), [x, *network.parameters()]), plain_grad, strict=True):
         assert torch.allclose(a, b, rtol=1e-7, atol=1e-8 * float(b.abs().max()) + 1e-12)
+
+
+@every_block
+@pytest.mark.parametrize("num_outputs", [1, 2, 3])
+def test_several_outputs_lie_along_the_channels_and_start_at_zero(block, num_outputs):
+    config = SMALL.replace(**block)
+    torch.manual_seed(0)
+    network = config.build((3, 16, 16), num_outputs=num_outputs)
+    x, label = torch.randn(2, 3, 16, 16), torch.tensor([1.0, 900.0])
+    out = network(x, label)
+    assert out.shape == (2, 3 * num_outputs, 16, 16)
+    assert bool((out == 0).all())
+    torch.manual_seed(0)
+    single = config.build((3, 16, 16))
+    extra = (num_outputs - 1) * (9 * 16 * 3 + 3)
+    assert count(network) == count(single) + extra
+    with torch.no_grad():  # the outputs do not meet: the first is that of a network that has no other
+        for name, value in single.named_parameters():
+            value.add_(0.1 * torch.randn_like(value))
+            network.get_parameter(name)[: len(value)] = value
+    assert torch.allclose(network(x, label)[:, :3], single(x, label), rtol=1e-4, atol=1e-5)
 
 
 def test_the_condition_counts_only_where_it_is_given():
@@ -159,7 +203,7 @@ def test_the_condition_counts_only_where_it_is_given():
 
 @pytest.mark.parametrize("channels", range(4, 400, 2))
 def test_groups_divide_the_channels_and_leave_four_to_each(channels):
-    norm = _Norm(UNetConfig(), channels)
+    norm = Norm(UNetConfig(), channels)
     groups = norm.num_groups
     assert channels % groups == 0
     assert groups <= 32
@@ -170,7 +214,7 @@ def test_groups_divide_the_channels_and_leave_four_to_each(channels):
 
 @pytest.mark.parametrize(("wanted", "channels", "groups"), [(32, 24, 6), (32, 48, 12), (8, 64, 8), (32, 384, 32)])
 def test_groups_are_lowered_to_fit(wanted, channels, groups):
-    assert _Norm(UNetConfig(norm_groups=wanted), channels).num_groups == groups
+    assert Norm(UNetConfig(norm_groups=wanted), channels).num_groups == groups
 
 
 def test_a_base_of_24_channels_runs():
@@ -198,6 +242,20 @@ def test_refused_for_the_data(config, event_shape, message):
 
 
 @pytest.mark.parametrize(
+    ("x", "label", "message"),
+    [
+        ((2, 3, 16, 16), 2, r"built for images \(1, 16, 16\) with one label each; \(2, 3, 16, 16\) with labels \(2,\)"),
+        ((2, 1, 8, 8), 2, r"\(2, 1, 8, 8\) with labels \(2,\) given"),
+        ((2, 1, 16, 16), 3, r"\(2, 1, 16, 16\) with labels \(3,\) given"),
+        ((1, 16, 16), 1, r"\(1, 16, 16\) with labels \(1,\) given"),
+    ],
+)
+def test_input_of_another_form_is_refused(x, label, message):
+    with pytest.raises(UserError, match=message):
+        built(SMALL, (1, 16, 16))(torch.zeros(x), torch.zeros(label))
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"kind": "unet", "channels": 5}, "channels.*multiple of 2"),
@@ -207,6 +265,9 @@ def test_refused_for_the_data(config, event_shape, message):
         ({"kind": "unet", "blocks": 0}, "blocks.*greater than or equal to 1"),
         ({"kind": "unet", "dropout": 1.0}, "dropout.*less than 1"),
         ({"kind": "unet", "padding": "same"}, "padding"),
+        ({"kind": "unet", "block": "conv"}, "block: 'conv' is not valid: should be 'residual' or 'mbconv'"),
+        ({"kind": "unet", "block": "mbconv", "scale_shift": True}, "^scale_shift: true is for residual blocks; use bl"),
+        ({"kind": "mbconv64", "scale_shift": True}, "^scale_shift: true is for residual blocks; use block=residual"),
         ({"kind": "unet", "chanels": 8}, "did you mean 'channels'"),
         ({"kind": "une"}, "did you mean 'unet'"),
         ({"kind": "mlp", "width": 7}, "width.*multiple of 2"),

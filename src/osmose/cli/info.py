@@ -3,40 +3,89 @@
 from __future__ import annotations
 
 import json as json_module
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, Suppress, arg
 
 from osmose.cli.command import Result, quiet_warnings
+from osmose.configuration import ConfigError, override
 from osmose.errors import UserError
+from osmose.networks import NETWORKS
+from osmose.networks.presets import EVENTS
 
 
 @dataclass
 class Info:
-    """Describe a run (parameters, operations, settings, data, lineage, scores) or a data set (form, size, identity)."""
+    """Describe a run, a data set, or a network by its name.
+
+    A run: parameters, operations, time, settings, data, lineage, scores. A data set: form, size, identity. A network,
+    for example mbconv96 or unet network.channels=64: parameters, operations, time, and its parts.
+    """
 
     what: Annotated[
-        Positional[str | None], arg(metavar="RUN|DATA", help="a run folder, or data as for train --data")
+        Positional[str | None],
+        arg(
+            metavar="NETWORK|RUN|DATA",
+            help=f"a run folder, data as for train --data, or one of: {', '.join(NETWORKS.choices)}",
+        ),
     ] = None
     data_root: Annotated[Path | None, arg(help="folder that holds mnist/, fashion-mnist/ or cifar10/")] = None
+    shape: Annotated[str | None, arg(help="what a NETWORK is to be for: channels,height,width")] = None
+    batch_size: Annotated[int | None, arg(help="items per training step of a NETWORK; 16 if not given")] = None
     json: Annotated[bool, arg(help="print the result as JSON")] = False
+    overrides: Suppress[dict[str, Any]] = field(default_factory=dict)
 
     def run(self) -> Result:
         """Look and tell."""
         if self.what is None:
-            raise UserError("RUN|DATA: required: a run folder, or data as for train --data")
+            raise UserError("NETWORK|RUN|DATA: required: a run folder, data as for train --data, or a network")
         from osmose.data import SOURCES
 
-        if Path(self.what).is_dir():
-            return self._run(Path(self.what))
-        if self.what.partition(":")[0] in SOURCES.entries:
-            return self._data(self.what)
-        raise UserError(f"{self.what}: neither a run folder nor a data set; data sets are {', '.join(SOURCES.entries)}")
+        is_run, is_data = Path(self.what).is_dir(), self.what.partition(":")[0] in SOURCES.entries
+        if not is_run and not is_data and self.what in NETWORKS.choices:
+            return self._network(self.what)
+        told = {"--shape": self.shape, "--batch-size": self.batch_size, **self.overrides}
+        if not is_run and not is_data:
+            raise UserError(
+                f"{self.what}: neither a run folder nor a data set nor a network; data sets are "
+                f"{', '.join(SOURCES.entries)}; networks are {', '.join(NETWORKS.choices)}"
+            )
+        for name, value in told.items():
+            if value is not None:
+                raise UserError(
+                    f"{name}: {value!r} is for networks, and {self.what} is a {'run' if is_run else 'data set'}"
+                )
+        return self._run(Path(self.what)) if is_run else self._data(self.what)
+
+    def _network(self, name: str) -> Result:
+        from osmose.data.dataset import DataSpec
+        from osmose.methods import METHODS
+        from osmose.training.config import TrainingConfig
+
+        shape = _read_shape(self.shape) if self.shape is not None else EVENTS.get(name, (3, 32, 32))
+        try:
+            training = TrainingConfig.parse({"batch_size": 16 if self.batch_size is None else self.batch_size})
+        except ConfigError as error:
+            raise UserError(f"--batch-size: {error.reason}") from None
+        # A network is measured at the work that it is for.
+        config = METHODS.resolve("ddpm").parse(override({"network": {"kind": name}}, self.overrides))
+        model = config.build(DataSpec(kind="image" if len(shape) == 3 else "points", shape=shape))
+        table = config.network.table(shape)
+        cost, rows = _cost(model, training)
+        values = {"network": name, "shape": list(shape), "config": config.network.to_json(), **cost, "table": table}
+        lines: list[Any] = [f"{'network':<11} {name}: {NETWORKS.choices[name]}"]
+        lines.append(f"{'for':<11} events of shape {'x'.join(map(str, shape))}")
+        lines += [f"{name:<11} {text}" for name, text in rows.items()]
+        if table:
+            lines.append(_table(table))
+        lines.append("settings:")
+        lines += [f"  network.{name} = {value}" for name, value in _flat(config.network.to_json())]
+        words = "".join(f" {path}={_word(value)}" for path, value in self.overrides.items())
+        return Result(values, lines, f"osmose train ddpm --data DATA --out RUN --network {name}{words}")
 
     def _run(self, folder: Path) -> Result:
-        from osmose.analysis.cost import cost_of
         from osmose.metrics.evaluation import headline, read_evaluations
         from osmose.training.checkpoint import Checkpoints
         from osmose.training.run import Run
@@ -44,25 +93,20 @@ class Info:
         run = Run.open(folder)
         config = run.config
         model = run.model() if run.weights.is_file() else config.method.build(config.spec)
-        cost = cost_of(model)
+        cost, costs = _cost(model, config.training)
         evaluations = read_evaluations(run)
         checkpoints = Checkpoints(run, config.training.keep_checkpoints).all()
         values: dict[str, Any] = {
             "run": str(folder),
             "step": int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0,
-            "parameters": cost.parameters,
-            "macs": cost.macs,
-            "seconds_per_evaluation": cost.seconds,
+            **cost,
             "config": config.to_json(),
             "evaluations": [e.to_json() for e in evaluations],
         }
-        step_seconds = 3 * cost.seconds * config.training.batch_size
         rows = {
             "method": config.method.kind,
             "trained": f"{values['step']} of {config.training.steps} steps, seed {config.seed}",
-            "parameters": f"{cost.parameters / 1e6:.3f} million",
-            "operations": f"{cost.macs / 1e6:.1f} million multiply-adds per network evaluation of one item",
-            "time here": f"{cost.seconds * 1e3:.2f} ms per evaluation, about {step_seconds:.2g} s per training step",
+            **costs,
             "data": f"{config.identity.source}, {config.identity.num_train} items to train on, "
             f"{config.identity.num_held_out} held out ({config.identity.split}), sha256 {config.identity.sha256[:12]}",
             "form": _form(config.spec),
@@ -105,6 +149,60 @@ class Info:
             lines,
             f"osmose train ddpm --data {source} --out RUN",
         )
+
+
+def _cost(model: Any, training: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a model costs in `--json`, and for people."""
+    import torch
+
+    from osmose.analysis.cost import cost_of, seconds_per_step
+
+    cost, step = cost_of(model), seconds_per_step(model, training)
+    values = {
+        "parameters": cost.parameters,
+        "macs": cost.macs,
+        "seconds_per_evaluation": cost.seconds,
+        "seconds_per_step": step.seconds,
+        "batch_size": training.batch_size,
+        "items_measured": step.items,
+        "precision": step.precision,
+        "threads": torch.get_num_threads(),
+    }
+    whole = step.items == training.batch_size // training.accumulate
+    measured = f"{step.precision}, measured with {'all' if whole else step.items} of them"
+    threads = f"{values['threads']} thread{'s' if values['threads'] != 1 else ''}"
+    rows = {
+        "parameters": f"{cost.parameters / 1e6:.3f} million ({cost.parameters:,})",
+        "operations": f"{cost.macs / 1e6:.1f} million multiply-adds per network evaluation of one item",
+        "time here": f"{cost.seconds * 1e3:.2f} ms per evaluation of one item; {step.seconds:.2g} s per training step "
+        f"of {training.batch_size} items ({measured}); {threads}",
+    }
+    return values, rows
+
+
+def _table(rows: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table()
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*("yes" if value is True else "" if value is False else str(value) for value in row.values()))
+    return table
+
+
+def _word(value: Any) -> str:
+    """A value as it stands after the = of an override."""
+    return value if isinstance(value, str) else json_module.dumps(value, separators=(",", ":")).strip("[]")
+
+
+def _read_shape(text: str) -> tuple[int, ...]:
+    sides = text.split(",")
+    if len(sides) not in (1, 3) or not all(side.isdecimal() and int(side) for side in sides):
+        raise UserError(
+            f"--shape: {text!r} is not valid: write channels,height,width (3,32,32), or a number for points"
+        )
+    return tuple(map(int, sides))
 
 
 def _form(spec: Any) -> str:

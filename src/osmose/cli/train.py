@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from osmose.configuration import ConfigError, override, value_at
 from osmose.data import SOURCES
 from osmose.errors import UserError
 from osmose.methods import METHODS
+from osmose.networks import NETWORKS
 
 #: Flags that are another way to write an override.
 _SAID = {
@@ -65,7 +67,7 @@ class Train:
     steps: Annotated[int | None, arg(help="optimisation steps")] = None
     batch_size: Annotated[int | None, arg(help="items per step")] = None
     lr: Annotated[float | None, arg(help="learning rate after warm-up")] = None
-    network: Annotated[str | None, arg(help="unet or mlp")] = None
+    network: Annotated[str | None, arg(help=f"one of: {', '.join(NETWORKS.choices)}")] = None
     schedule: Annotated[str | None, arg(help="linear, cosine, ve, trig or straight")] = None
     precision: Annotated[str | None, arg(help="auto, fp32 or bf16")] = None
     conditional: Annotated[bool, arg(help="tell the network the class of each item")] = False
@@ -134,10 +136,14 @@ class Train:
             raise UserError(str(error).removeprefix("method.")) from None
         wanted = config.to_json()
         for path in sorted(changes):
-            before, after = value_at(stored, path), value_at(wanted, path)
-            if before != after and path not in ("data.root", "data.source"):  # where they lie: the hash decides
-                name = path.removeprefix("method.")
-                raise UserError(f"{name}: {after!r} given, but {out} was started with {before!r}; resume without it")
+            # A kind, or the name of a preset, stands for all fields of its part.
+            whole = path.removesuffix(".kind")
+            for name, before, after in _differences(value_at(stored, whole), value_at(wanted, whole), whole):
+                if name not in ("data.root", "data.source"):  # where they lie: the hash decides
+                    name = name.removeprefix("method.")
+                    raise UserError(
+                        f"{name}: {after!r} given, but {out} was started with {before!r}; resume without it"
+                    )
         with quiet_warnings():
             dataset = config.data.load()
         return self._train(run, dataset)
@@ -168,3 +174,13 @@ class Train:
             return Result(values, [note], f"osmose sample {run.folder} -n 64 --out samples.png")
         wrote = [f"wrote {run.folder}: {len(dataset.train)} items, {trainer.step} steps, {loss}"]
         return Result(values, wrote, f"osmose sample {run.folder} -n 64 --out samples.png")
+
+
+def _differences(before: Any, after: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted names at which two nested values differ, with both values; kinds before what depends on them."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        if before != after:
+            yield path, before, after
+        return
+    for name in sorted(before | after, key=lambda name: (name != "kind", name)):
+        yield from _differences(before.get(name), after.get(name), f"{path}.{name}")

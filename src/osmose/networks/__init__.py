@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from osmose.configuration import Registry
+from osmose.networks.presets import PRESETS
 
 NETWORKS = Registry(
     "network",
@@ -10,4 +11,5 @@ NETWORKS = Registry(
         "unet": ("osmose.networks.unet:UNetConfig", "DDPM's UNet, for images of any size and channel count"),
         "mlp": ("osmose.networks.mlp:MLPConfig", "residual MLP, for points and other flat data"),
     },
+    PRESETS,
 )

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from osmose.errors import UserError
 from osmose.networks.base import NetworkConfig, near_zero_, sinusoids
 
 
@@ -21,8 +22,8 @@ class MLPConfig(NetworkConfig):
     depth: int = Field(3, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
 
-    def build(self, event_shape: tuple[int, ...], *, num_classes: int | None = None) -> nn.Module:
-        return MLP(self, event_shape, num_classes)
+    def build(self, event_shape: tuple[int, ...], *, num_classes: int | None = None, num_outputs: int = 1) -> nn.Module:
+        return MLP(self, event_shape, num_classes, num_outputs)
 
 
 class _Block(nn.Module):
@@ -41,18 +42,26 @@ class _Block(nn.Module):
 class MLP(nn.Module):
     """See `MLPConfig`."""
 
-    def __init__(self, config: MLPConfig, event_shape: tuple[int, ...], num_classes: int | None):
+    def __init__(
+        self, config: MLPConfig, event_shape: tuple[int, ...], num_classes: int | None = None, num_outputs: int = 1
+    ):
         super().__init__()
         dimension, width = math.prod(event_shape), config.width
+        self.event_shape, self.out_shape = tuple(event_shape), (num_outputs * event_shape[0], *event_shape[1:])
         self.width = width
         self.embed = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.classes = nn.Embedding(num_classes, width) if num_classes else None
         self.stem = nn.Linear(dimension, width)
         self.blocks = nn.ModuleList(_Block(width, config.dropout) for _ in range(config.depth))
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), near_zero_(nn.Linear(width, dimension)))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), near_zero_(nn.Linear(width, num_outputs * dimension)))
 
     def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
-        """X (B, *event), label (B,), condition (B,) or None -> (B, *event)."""
+        """X (B, *event), label (B,), condition (B,) or None -> (B, num_outputs * event[0], *event[1:])."""
+        if tuple(x.shape[1:]) != self.event_shape or label.shape != x.shape[:1]:
+            raise UserError(
+                f"network: built for events {self.event_shape} with one label each; "
+                f"{tuple(x.shape)} with labels {tuple(label.shape)} given"
+            )
         embedding = self.embed(sinusoids(label, self.width).to(x.dtype))
         if self.classes is not None and condition is not None:
             embedding = embedding + self.classes(condition)
@@ -60,4 +69,4 @@ class MLP(nn.Module):
         for block in self.blocks:
             h = block(h, embedding)
         out: Tensor = self.head(h)
-        return out.view(x.shape)
+        return out.unflatten(1, self.out_shape)

@@ -1,10 +1,38 @@
-"""Networks that suit data of a given shape on modest hardware."""
+"""Networks with names, and networks that suit data of a given shape on modest hardware."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from osmose.errors import UserError
+
+_DDPM = {"kind": "unet", "channels": 128, "mult": (1, 2, 2, 2), "blocks": 2, "attention": (16,), "dropout": 0.1}
+_MBCONV = {**_DDPM, "block": "mbconv", "group_channels": 2}  # 32 groups on 64 channels too
+
+#: Name: the values that a UNet of that name starts from, and what it is.
+PRESETS: dict[str, tuple[dict[str, Any], str]] = {
+    "ddpm-cifar10": (_DDPM, "DDPM's model of CIFAR-10: 35.7 million parameters"),
+    "deepres1": ({**_DDPM, "blocks": 1}, "ddpm-cifar10 with one block per level: 24.3 million"),
+    "shallowres2": ({**_DDPM, "mult": (1, 2, 2)}, "ddpm-cifar10 without the 4x4 level: 25.8 million"),
+    "shallowres1": ({**_DDPM, "mult": (1, 2, 2), "blocks": 1}, "one block per level, no 4x4 level: 17.7 million"),
+    "mbconv64": ({**_MBCONV, "channels": 64}, "ddpm-cifar10 with MBConv blocks, 64 channels: 12.0 million"),
+    "mbconv96": ({**_MBCONV, "channels": 96}, "ddpm-cifar10 with MBConv blocks, 96 channels: 26.8 million"),
+    "iddpm-cifar10": (
+        {**_DDPM, "blocks": 3, "attention": (16, 8), "heads": 4, "scale_shift": True, "dropout": 0.3},
+        "IDDPM's model of CIFAR-10: 52.5 million parameters",
+    ),
+    "unet-28": (
+        {"kind": "unet", "channels": 32, "mult": (1, 2, 2), "blocks": 2, "attention": (14,)},
+        "a small UNet for 28x28 images: 1.6 million parameters",
+    ),
+    "unet-8": (
+        {"kind": "unet", "channels": 32, "mult": (1, 2), "blocks": 2, "attention": (4,)},
+        "a small UNet for 8x8 images: 1.0 million parameters",
+    ),
+}
+
+#: The events that a network of a name is for; images of 3x32x32 where it is not among them.
+EVENTS = {"unet-28": (1, 28, 28), "unet-8": (1, 8, 8), "mlp": (2,)}
 
 
 def network_for(event_shape: tuple[int, ...]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Trainer:
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         # Without the word `cpu` accelerate would take processes that have no GPU for lonely ones.
         self.accelerator = Accelerator(
-            mixed_precision=_precision(self.config.precision), cpu=several and not torch.cuda.is_available()
+            mixed_precision=chosen_precision(self.config.precision), cpu=several and not torch.cuda.is_available()
         )
         self.device, world = self.accelerator.device, self.accelerator.num_processes
         self.config.require(world)
@@ -268,7 +268,8 @@ def stopping_on_signal() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _precision(wanted: str) -> str:
+def chosen_precision(wanted: str) -> str:
+    """What accelerate calls the precision that `training.precision` means on this machine: "no" (float32) or "bf16"."""
     if wanted != "auto":
         return "bf16" if wanted == "bf16" else "no"
     if torch.cuda.is_available():
