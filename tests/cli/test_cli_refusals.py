@@ -114,6 +114,7 @@ def test_a_place_that_is_taken_is_refused(refused, runs):
         (["--steps", "9"], "training.steps: 9 given, but toy was started with 4"),
         (["network.width=32"], "network.width: 32 given, but toy was started with 16"),
         (["--network", "unet"], "network.kind: 'unet' given, but toy was started with 'mlp'"),
+        (["--network", "mbconv64"], "network.kind: 'unet' given, but toy was started with 'mlp'"),
         (["--seed", "5"], "seed: 5 given, but toy was started with 0"),
         (["--data", "digits"], "'digits' is not the data this run was made with"),
         (["data.num_points=500"], "data.num_points: 500 given, but toy was started with 400"),

@@ -6,7 +6,8 @@ import torch
 
 from osmose.configuration import ConfigError
 from osmose.gaussian import SCHEDULES, SOLVERS
-from osmose.gaussian.denoiser import Clipped
+from osmose.gaussian.chain import reverse_step
+from osmose.gaussian.denoiser import Conditioned
 from osmose.gaussian.grid import TimeGrid
 from osmose.gaussian.oracles import GaussianDenoiser, MixtureDenoiser
 from osmose.gaussian.schedule import CLEAN, Level, LinearSchedule, StraightSchedule, VarianceExploding
@@ -201,6 +202,43 @@ def test_a_ddim_step_is_eq_12(kind, eta):
     assert torch.allclose(step.x, want, rtol=1e-11, atol=1e-11)
 
 
+class Share:
+    """A denoiser with a share of the learned range that is the same everywhere, or differs from value to value."""
+
+    def __init__(self, share):
+        self.share = share
+
+    def __call__(self, x_t, level):
+        return torch.sin(x_t + level.t)
+
+    def with_variance(self, x_t, level):
+        return self(x_t, level), torch.zeros_like(x_t) + self.share
+
+
+@every_schedule
+@pytest.mark.parametrize("num_steps", [1, 5, 40])
+def test_the_learned_range_ends_in_the_fixed_variances(kind, num_steps):
+    schedule = SCHEDULES.parse(kind)
+    grid = TimeGrid.of(schedule, num_steps)
+
+    def run(variance, share):
+        generator = torch.Generator().manual_seed(3)
+        noise = lambda: torch.randn(6, 3, generator=generator, dtype=torch.float64)  # noqa: E731
+        solver = Ancestral(variance=variance)
+        return torch.stack([s.x for s in solver.run(Share(share), randn(6, 3) * schedule.prior_std, grid, noise)])
+
+    for share, variance in ((0.0, "fixed_small"), (1.0, "fixed_large")):
+        assert torch.allclose(run("learned_range", share), run(variance, share), rtol=1e-11, atol=1e-11)
+    # Each value has its own, and none is held inside the range.
+    shares = torch.tensor([0.0, 1.0, 2.5], dtype=torch.float64)
+    grid = TimeGrid(grid.levels[:2] if num_steps > 1 else grid.levels)
+    x, (t, s) = run("learned_range", shares)[0], grid.levels[:2]
+    step, z = reverse_step(t, s), torch.randn(6, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    mean = step.keep * randn(6, 3) * schedule.prior_std + step.pull * torch.sin(randn(6, 3) * schedule.prior_std + t.t)
+    variance = step.beta**shares * step.btilde ** (1 - shares) if num_steps > 1 else 0.0
+    assert torch.allclose(x, mean + variance**0.5 * z, rtol=1e-9, atol=1e-9)
+
+
 def test_eta_1_stays_real_where_rounding_would_make_a_root_negative():
     grid = TimeGrid((Level(1.0, 1.0, 1_270_000.0), Level(0.5, 1.0, 0.000598), CLEAN))
     fresh = 0.000598 / 1_270_000.0 * (1_270_000.0**2 - 0.000598**2) ** 0.5
@@ -223,11 +261,29 @@ def test_a_constant_estimate_is_followed_exactly(kind, solver):
         assert torch.allclose(state.x, level.alpha * x0 + level.sigma * eps, rtol=1e-10, atol=1e-14 * scale + 1e-12)
 
 
+class ExactVariance:
+    """The denoiser of data N(0, s2) over single values, and where the variance of q(x_s | x_t) lies in its range."""
+
+    def __init__(self, s2, grid):
+        self.s2, self.next = s2, dict(grid.steps())
+        self.denoiser = GaussianDenoiser(torch.zeros(1).double(), torch.full((1,), s2, dtype=torch.float64))
+
+    def __call__(self, x_t, level):
+        return self.denoiser(x_t, level)
+
+    def with_variance(self, x_t, level):
+        step = reverse_step(level, self.next[level])
+        posterior = self.s2 * level.sigma**2 / (level.alpha**2 * self.s2 + level.sigma**2)
+        variance = step.btilde + step.pull**2 * posterior
+        last = self.next[level] == CLEAN  # whose variance is never asked for
+        share = math.nan if last else math.log(variance / step.btilde) / math.log(step.beta / step.btilde)
+        return self(x_t, level), torch.full_like(x_t, share)
+
+
 def output_variance(solver, num_steps, s2):
     """Variance of the samples of N(0, s2), exactly: the response to a unit impulse in each source of randomness."""
-    schedule = LinearSchedule()
-    grid = TimeGrid.of(schedule, num_steps)
-    oracle = GaussianDenoiser(torch.zeros(1).double(), torch.full((1,), s2).double())
+    grid = TimeGrid.of(LinearSchedule(), num_steps)
+    oracle = ExactVariance(s2, grid)
     x = torch.zeros(num_steps, 1, dtype=torch.float64)
     x[0] = 1
     drawn = iter(range(1, num_steps))
@@ -255,6 +311,18 @@ def test_output_variance_on_gaussian_data(variance, num_steps, want):
     assert output_variance(Ancestral(variance=variance), num_steps, 0.01) == pytest.approx(want, abs=6e-6)
     if variance == "fixed_small":
         assert output_variance(DDIM(eta=1.0), num_steps, 0.01) == pytest.approx(want, abs=6e-6)
+
+
+@pytest.mark.parametrize("s2", [0.01, 0.25, 1.0])
+@pytest.mark.parametrize("num_steps", [1000, 100, 10, 2, 1])
+def test_the_exact_variance_gives_the_variance_of_the_data_in_any_number_of_steps(num_steps, s2):
+    # Less the unsampled last step again: what is left unknown of x0 at the quietest level, and the prior's shortfall.
+    quietest = TimeGrid.of(LinearSchedule(), num_steps).levels[-2]
+    missing = s2 * quietest.sigma**2 / (quietest.alpha**2 * s2 + quietest.sigma**2)
+    got = output_variance(Ancestral(variance="learned_range"), num_steps, s2)
+    assert got == pytest.approx(s2 - missing, abs=5e-5 * s2)
+    if s2 == 0.01 and num_steps >= 10:
+        assert got == pytest.approx(0.0099, abs=5e-6)
 
 
 def test_fixed_large_is_the_exact_variance_for_data_of_unit_variance():
@@ -322,7 +390,7 @@ def test_fixed_large_warns_on_short_chains(solver, steps, native, warned):
     [
         ({"kind": "ddim", "eta": 1.01}, "eta.*less than or equal to 1"),
         ({"kind": "ddim", "eta": -0.1}, "eta.*greater than or equal to 0"),
-        ({"kind": "ancestral", "variance": "fixed"}, "variance.*'fixed_small' or 'fixed_large'"),
+        ({"kind": "ancestral", "variance": "fixed"}, "variance.*'fixed_small', 'fixed_large' or 'learned_range'"),
         ({"kind": "heun", "eta": 0.5}, "eta: unknown field"),
         ({"kind": "dpmpp2m"}, "did you mean 'dpmpp-2m'"),
     ],
@@ -347,7 +415,7 @@ def ours(solver, spacing, num_steps, clip, seed=11):
     def denoise(x, level, condition=None):  # noqa: ARG001
         return (x - level.sigma * eps_model(x, round(level.t * 1000) - 1)) / level.alpha
 
-    denoise = Clipped(denoise, -1.0, 1.0) if clip else denoise
+    denoise = Conditioned(denoise, limits=(-1.0, 1.0)) if clip else denoise
     noise = lambda: torch.randn(3, 2, 4, 4, generator=generator)  # noqa: E731
     x = randn(3, 2, 4, 4).float()
     return [state.x for state in solver.run(denoise, x, TimeGrid.of(schedule, num_steps, spacing), noise)]

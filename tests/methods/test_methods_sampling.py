@@ -1,5 +1,6 @@
 import itertools
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from osmose.errors import UserError
 from osmose.gaussian import SOLVERS
 from osmose.gaussian.draws import SampleDraws, StepDraws
 from osmose.gaussian.parametrization import EDMParametrization
-from osmose.gaussian.schedule import LinearSchedule
+from osmose.gaussian.schedule import CosineSchedule, LinearSchedule
 from osmose.gaussian.solvers import DDIM, Ancestral
 from osmose.methods.base import Batch
-from osmose.methods.diffusion import DDPMConfig, EDMConfig
+from osmose.methods.diffusion import DDPMConfig, EDMConfig, IDDPMConfig
 from osmose.networks.mlp import MLPConfig
 from osmose.networks.unet import UNetConfig
 
@@ -261,3 +262,60 @@ def test_sampling_comes_before_training_without_harm():
     model.sample(2, num_steps=3)
     model.loss(Batch(torch.randn(4, 2)), StepDraws(0, 0, 0, 4, 4)).per_item.mean().backward()
     assert math.isfinite(float(model.networks()[0].head[-1].weight.grad.sum()))
+
+
+# --- a learned variance ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def learned():
+    return perturbed(IDDPMConfig(network=UNET, schedule=CosineSchedule(num_steps=200)).build(DIGITS))
+
+
+def test_a_learned_variance_is_sampled_from_by_default(learned):
+    want = learned.sample(5, num_steps=20, seed=2)
+    assert (want.nfe, tuple(want.data.shape)) == (20, (5, 1, 8, 8))
+    assert torch.equal(want.data, want.data.round())
+    assert torch.equal(learned.sample(5, num_steps=20, seed=2, **{"solver.variance": "learned_range"}).data, want.data)
+    assert torch.equal(learned.sample(5, num_steps=20, seed=2, batch_size=2).data, want.data)
+    for variance in ("fixed_small", "fixed_large"):
+        solver = {"kind": "ancestral", "variance": variance}
+        with pytest.warns(UserWarning, match="leaves noise") if variance == "fixed_large" else nullcontext():
+            assert not torch.equal(learned.sample(5, num_steps=20, seed=2, solver=solver).data, want.data)
+
+
+@pytest.mark.parametrize(("v", "variance"), [(-1.0, "fixed_small"), (1.0, "fixed_large")])
+def test_at_the_ends_of_its_range_it_is_a_fixed_variance(v, variance):
+    config = IDDPMConfig(network=MLP, schedule=CosineSchedule(num_steps=200), sampling={"num_steps": 200})
+    model = perturbed(config.build(DIGITS), 0.2)
+    with torch.no_grad():  # the second half of the outputs is v
+        model.networks()[0].head[-1].weight[64:] = 0
+        model.networks()[0].head[-1].bias[64:] = v
+    run = lambda kind: model.generate(  # noqa: E731
+        SampleDraws(0, 0, 4), model.sampling(solver={"kind": "ancestral", "variance": kind}), None, lambda *_: None
+    )[0]
+    assert torch.allclose(run("learned_range"), run(variance), atol=1e-4)
+    assert not torch.allclose(run("learned_range"), run({"fixed_small": "fixed_large"}.get(variance, "fixed_small")))
+
+
+@pytest.mark.parametrize("kind", list(SOLVERS.entries))
+def test_a_model_with_a_learned_variance_takes_every_solver(learned, kind):
+    samples = learned.sample(3, num_steps=4, solver=kind)
+    assert samples.data.min() >= 0
+    assert samples.data.max() <= 16
+    assert samples.nfe == SOLVERS.parse(kind).evaluations(4)
+
+
+def test_a_learned_variance_needs_a_model_that_has_learned_one(model):
+    message = (
+        "solver.variance: learned_range needs a model with a learned variance (train with variance=learned_range "
+        "objective=hybrid); this one has 'fixed_small'"
+    )
+    solver = Ancestral(variance="learned_range")
+    with pytest.raises(UserError) as refusal:
+        model.sample(2, num_steps=2, solver=solver)
+    assert str(refusal.value) == message
+    # Before training, not after.
+    with pytest.raises(UserError) as refusal:
+        DDPMConfig(network=MLP, sampling={"solver": solver}).build(DIGITS)
+    assert str(refusal.value) == f"sampling.{message}"

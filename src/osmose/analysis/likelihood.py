@@ -52,8 +52,12 @@ class Likelihood:
 
     @property
     def rate(self) -> Tensor:
-        """Bits per dimension received once step k is reached from the noisiest one: L_T + L_{K-1} + ... + L_k, (K,)."""
-        return self.prior + self.terms.flip(0).cumsum(0).flip(0)
+        """Bits per dimension that bring x_t to each step k = 1..K: L_T + L_{K-1} + ... + L_k, (K,).
+
+        With them the step makes its estimate, whose error is `distortion` (arXiv 2006.11239, section 4.3).
+        """
+        later = torch.cat([self.terms[1:], self.terms.new_zeros(1)])
+        return self.prior + later.flip(0).cumsum(0).flip(0)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -105,26 +109,34 @@ def likelihood(
     if part not in ("train", "held-out"):
         raise UserError(f"part: {part!r} is not valid: should be train or held-out")
     items, labels = dataset.part("train" if part == "train" else "held-out")
+    if len(items) < 2:
+        raise UserError(f"part: {part!r} has {len(items)} item, and a standard error needs at least 2")
     if n is not None and not 2 <= n <= len(items):
         raise UserError(f"n: {n} is not valid: must be between 2 and the {len(items)} {part} items")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed: {seed} is not valid: must be between 0 and 2^63 - 1")
+    if batch_size < 1:
+        raise UserError(f"batch_size: {batch_size} is not valid: must be at least 1")
     chosen = torch.randperm(len(items), generator=seeded(seed, "likelihood"))[: n or len(items)]
     found: list[BoundTerms] = []
     total = -(-len(chosen) // batch_size)
     training = model.training
     model.eval()
-    with torch.inference_mode():
-        for index, first in enumerate(range(0, len(chosen), batch_size)):
-            rows = chosen[first : first + batch_size]
-            condition = labels[rows].to(model.device) if model.config.conditional and labels is not None else None
-            batch = Batch(model.spec.encode(items[rows].to(model.device)), condition)
+    try:
+        with torch.inference_mode():
+            for index, first in enumerate(range(0, len(chosen), batch_size)):
+                rows = chosen[first : first + batch_size]
+                condition = labels[rows].to(model.device) if model.config.conditional and labels is not None else None
+                batch = Batch(model.spec.encode(items[rows].to(model.device)), condition)
 
-            def report(done: int, of: int, index: int = index) -> None:
-                if on_step is not None:
-                    on_step(index * of + done, total * of)
+                def report(done: int, of: int, index: int = index) -> None:
+                    if on_step is not None:
+                        on_step(index * of + done, total * of)
 
-            draws = SampleDraws(seed, first, len(rows), model.device)
-            found.append(model.bound(batch, draws, report, num_steps=num_steps, variance=variance, clip=clip))
-    model.train(training)
+                draws = SampleDraws(seed, first, len(rows), model.device)
+                found.append(model.bound(batch, draws, report, num_steps=num_steps, variance=variance, clip=clip))
+    finally:
+        model.train(training)
     bits = 1 / math.log(2)
     steps, prior = (
         torch.cat([terms.steps for terms in found]) * bits,
@@ -155,9 +167,10 @@ def write_likelihood(result: Likelihood, folder: Path) -> list[Path]:
 
     figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
-    shown = result.terms > 0
-    left.plot(result.t[shown], result.terms[shown], linewidth=1.2)
-    left.set(xlabel="t (0 = data, 1 = noise)", ylabel="term of the bound (bits per dimension)", yscale="log")
+    # Without L_0: of few levels it is next to nothing, and would leave the others no room on the scale.
+    left.plot(result.t[1:], result.terms[1:], linewidth=1.2)
+    left.set(xlabel="t (0 = data, 1 = noise)", ylabel="terms L_1, L_2, ... (bits per dimension)")
+    left.set_yscale("log", nonpositive="mask")
     left.set_title(f"{result.bits:.3f} ± {result.standard_error:.3f} bits/dim, of which L_0 {result.terms[0]:.3f}")
     right.plot(result.rate, result.distortion, linewidth=1.2)
     right.set(xlabel="rate (bits per dimension)", ylabel="distortion (root mean square, data in [-1, 1])")

@@ -24,10 +24,11 @@ Start with:
 """
 
 
-def usage() -> str:
-    """The page that `osmose --help` prints."""
-    width = max(map(len, COMMANDS))
-    return _USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()))
+def usage(first: str = "") -> str:
+    """The page that `osmose --help` prints, or `osmose FIRST --help` where FIRST has commands below it."""
+    shown = {verb: text for verb, (_, text) in COMMANDS.items() if first in ("", verb.split()[0])}
+    width = max(map(len, shown))
+    return _USAGE.format(commands="\n".join(f"  {verb:<{width}}  {text}" for verb, text in shown.items()))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -46,6 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
         return
     try:
         verb = _verb(words)
+        if verb is None:
+            print(usage(words[0]), end="")
+            return
         from osmose.cli.command import parse
 
         module, _, name = COMMANDS[verb][0].partition(":")
@@ -60,14 +64,16 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _verb(words: list[str]) -> str:
-    """The command that the first word names, or the first two (`analyze likelihood`)."""
-    if words[0] in COMMANDS:
-        return words[0]
+def _verb(words: list[str]) -> str | None:
+    """The command that the first word names, or the first two (`analyze likelihood`); None where help is wanted."""
     pairs = [verb for verb in COMMANDS if verb.split()[0] == words[0]]
+    if pairs == [words[0]]:
+        return words[0]
     if not pairs:
         raise UserError(f"unknown command {words[0]!r}; {nearest(words[0], COMMANDS)}")
     given = " ".join(words[:2])
+    if words[1:2] in (["-h"], ["--help"]):
+        return None
     if given not in pairs:
         raise UserError(f"unknown command {given!r}; choose one of: {', '.join(pairs)}")
     return given

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
 import torch
-from pydantic import BeforeValidator, Field, SerializeAsAny, TypeAdapter
+from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import Tensor, nn
 
 from osmose.data.dataset import DataSpec
@@ -52,7 +52,6 @@ SolverChoice = Annotated[SerializeAsAny[Solver], BeforeValidator(SOLVERS.parse)]
 ObjectiveChoice = Annotated[SerializeAsAny[Objective], BeforeValidator(OBJECTIVES.parse)]
 TimesChoice = Annotated[SerializeAsAny[TimeSamplerConfig], BeforeValidator(TIME_SAMPLERS.parse)]
 
-_VARIANCE: TypeAdapter[Variance] = TypeAdapter(Variance)
 #: Steps of the bound on a schedule that has none of its own.
 _BOUND_STEPS = 1000
 
@@ -160,8 +159,10 @@ class Diffusion(GenerativeModel):
         config.objective.check(self._problem)
 
     def _decoder(self) -> LevelDecoder | None:
-        limits = self.spec.model_range
-        return None if limits is None or self.spec.levels is None else LevelDecoder(*limits, self.spec.levels)
+        """Of the data's levels; None for data without, and for channels whose levels lie at different values."""
+        spec, limits = self.spec, self.spec.model_range
+        alike = len(set(spec.shift)) == len(set(spec.scale)) == 1
+        return LevelDecoder(*limits, spec.levels) if limits is not None and spec.levels is not None and alike else None
 
     def sampling(self, **options: Any) -> SamplingConfig:
         sampling = super().sampling(**options)
@@ -184,7 +185,7 @@ class Diffusion(GenerativeModel):
         t, weight = self.times.draw(draws)
         terms = self._losses(batch, t, draws)
         per_item = terms.per_item if weight is None else terms.per_item * column(weight, terms.per_item)
-        return LossTerms(per_item, t, terms.parts | self.times.report(t), weight)
+        return LossTerms(per_item, terms.t, terms.parts | self.times.report(t), weight)
 
     def _losses(self, batch: Batch, t: Tensor, draws: Draws) -> LossTerms:
         """The objective at given times, as the time sampler sees it: without importance weights."""
@@ -222,11 +223,15 @@ class Diffusion(GenerativeModel):
         if decoder is None:
             raise UserError(
                 "likelihood: bits per dimension need data with a known number of levels (256 for 8-bit images, 17 for "
-                "the digits); these have none"
+                "the digits), the same in all channels; these have none"
             )
-        kind = _VARIANCE.validate_python(variance or self.config.variance)
+        kind = self.config.variance if variance is None else variance
+        if kind not in get_args(Variance):
+            raise UserError(
+                f"variance: {kind!r} is not valid: should be 'fixed_small', 'fixed_large' or 'learned_range'"
+            )
         self._require_variance("variance", kind == "learned_range")
-        steps = num_steps or self.schedule.native_steps or _BOUND_STEPS
+        steps = (self.schedule.native_steps or _BOUND_STEPS) if num_steps is None else num_steps
         chain = ReverseChain(TimeGrid.of(self.schedule, steps))
         x0, n = batch.x0, len(batch.x0)
         table, x0_error, eps_error = (torch.empty(n, steps, dtype=torch.float64) for _ in range(3))
@@ -238,7 +243,7 @@ class Diffusion(GenerativeModel):
             if clip and self.spec.model_range is not None:
                 x0_hat = x0_hat.clamp(*self.spec.model_range)
             k = torch.full((n,), index + 1)
-            log_variance = chain.log_variance(kind, k, share, x0)
+            log_variance = chain.log_variance(cast(Variance, kind), k, share, x0)
             table[:, index] = chain.term(k, x0, x0_hat, log_variance, decoder)
             x0_error[:, index] = (x0 - x0_hat).square().flatten(1).mean(1)
             on_step(index + 1, steps)

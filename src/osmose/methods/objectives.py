@@ -208,8 +208,10 @@ class TiltedObjective(Objective):
     @field_validator("tilt", mode="before")
     @classmethod
     def _known(cls, value: Any) -> Any:
-        if isinstance(value, str) and value not in _TILTS:
-            raise ValueError(f"should be a number, or {nearest(value, _TILTS)}")
+        # Checked here, before the union is: it would say which of its members refused the value (`tilt.float`).
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (math.isfinite(value) if number else value in _TILTS):
+            raise ValueError(f"should be a finite number, or {nearest(str(value), _TILTS)}")
         return value
 
     def check(self, problem: Problem) -> None:
@@ -223,16 +225,17 @@ class TiltedObjective(Objective):
     def losses(self, problem: Problem, batch: Batch, t: Tensor, noise: NoiseOf) -> LossTerms:
         level = problem.denoiser.schedule.level(t)
 
-        def loss(draw: int) -> Tensor:
-            return _squared_error(problem, batch, level, noise(draw))
+        def loss(x0: Tensor, draw: int) -> Tensor:
+            return _squared_error(problem, Batch(x0, batch.condition), level, noise(draw))
 
-        def again(draw: int) -> Tensor:
-            # Its backward pass runs the draw anew, with the same noise and dropout, and frees it before the next.
-            out: Tensor = checkpoint(loss, draw, use_reentrant=False)
+        def again(x0: Tensor, draw: int) -> Tensor:
+            # Its backward pass runs the draw anew, with the same noise and dropout, and frees it before the next. The
+            # tensor among the arguments tells it the device whose random state, that of dropout, is to be repeated.
+            out: Tensor = checkpoint(loss, x0, draw, use_reentrant=False)
             return out
 
         draws = range(self.noise_draws)
-        each = torch.stack([again(draw) if self.two_pass else loss(draw) for draw in draws])
+        each = torch.stack([(again if self.two_pass else loss)(batch.x0, draw) for draw in draws])
         tau = column(self._tau(problem, t, level, batch.x0[0].numel()), each[0])
         with torch.no_grad():
             offset = torch.zeros_like(each)
