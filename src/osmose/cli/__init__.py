@@ -8,5 +8,10 @@ COMMANDS = {
     "sample": ("osmose.cli.sample:Sample", "draw samples from a run: a picture or an .npz"),
     "evaluate": ("osmose.cli.evaluate:Evaluate", "score a run's samples against real data"),
     "compare": ("osmose.cli.compare:Compare", "put runs side by side: a table and a Pareto plot"),
-    "info": ("osmose.cli.info:Info", "describe a run or a data set"),
+    "analyze likelihood": (
+        "osmose.cli.likelihood:Likelihood",
+        "bits per dimension of real data under a run's model",
+    ),
+    "study": ("osmose.cli.study:Study", "run a table or figure of a paper again, and check its claims"),
+    "info": ("osmose.cli.info:Info", "describe a run, a network or a data set"),
 }

@@ -1,0 +1,26 @@
+"""Studies: the tables and figures of papers as reruns, one short file each."""
+
+from __future__ import annotations
+
+from osmose.configuration import Registry
+
+#: `osmose study NAME`; each entry is a `Study`.
+STUDIES = Registry(
+    "study",
+    {
+        "train-steps": (
+            "osmose.studies.train_steps:TrainSteps",
+            "how the score falls with longer training",
+        ),
+        "short-chain": ("osmose.studies.short_chain:ShortChain", "is a chain of 100 steps bad, or only its variance?"),
+        "architectures": (
+            "osmose.studies.architectures:Architectures",
+            "six UNets: parameters, operations, speed, loss at equal steps and time",
+        ),
+        "objectives": (
+            "osmose.studies.objectives:Objectives",
+            "importance sampling of t and importance-weighted noises, with controls",
+        ),
+        "vlb": ("osmose.studies.vlb:VLB", "the likelihood bound as the loss: gradient noise, bits, samples"),
+    },
+)

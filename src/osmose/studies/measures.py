@@ -1,0 +1,89 @@
+"""What several studies measure besides the scores of samples."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from osmose.analysis.gradients import GradientNoise, gradient_noise
+from osmose.analysis.likelihood import likelihood
+from osmose.data.dataset import DataConfig, Dataset
+from osmose.studies.study import Trained
+from osmose.training.recipes import recipe
+from osmose.training.run import Run
+from osmose.training.trainer import Trainer
+from osmose.training.window import Window
+
+
+def bound(
+    trained: Trained, variance: str | None = None, n: int | None = None, num_steps: int | None = None
+) -> dict[str, float]:
+    """The held-out items' bound in bits per dimension, and their squared error of the noise with all t alike."""
+    found = likelihood(trained.model, trained.dataset, variance=variance, n=n, num_steps=num_steps, seed=trained.seed)
+    return {"bits_per_dim": found.bits, "eps_error": float(found.eps_error.mean())}
+
+
+def noise_under(trained: Trained, changes: Mapping[str, Any], *, batches: int, warmup: int) -> GradientNoise:
+    """Gradient noise at a trained model's weights if it were trained with other parts (`{"objective": "vlb"}`)."""
+    config = trained.run.config
+    model: Any = config.method.replace(**changes).build(config.spec)
+    weights: Any = trained.model
+    model.denoiser.load_state_dict(weights.denoiser.state_dict())
+    return gradient_noise(
+        model,
+        trained.dataset,
+        batch_size=config.training.batch_size,
+        batches=batches,
+        warmup=warmup,
+        seed=trained.seed,
+    )
+
+
+def step_seconds(
+    method: str, data: str, dataset: Dataset, changes: Mapping[str, Mapping[str, Any]], *, steps: int, rounds: int = 3
+) -> dict[str, float]:
+    """CPU seconds of a training step under several configurations, taken in turns so that all see the same machine.
+
+    Args:
+        method: of all of them.
+        data: as `--data`.
+        dataset: the data.
+        changes: of each configuration, by name.
+        steps: taken at a time.
+        rounds: turns; the median of each configuration's is its result.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {
+            name: Trainer(
+                Run.create(Path(folder) / name, recipe(method, DataConfig(source=data), dataset, 0, own)), dataset
+            )
+            for name, own in changes.items()
+        }
+        window, found = Window(), {name: [] for name in changes}  # type: ignore[var-annotated]
+        for turn in range(rounds + 1):
+            for name, trainer in trainers.items():
+                start = time.process_time()
+                for _ in range(steps):
+                    trainer.optimise(window)
+                    trainer.step += 1
+                if turn:  # the first warms up
+                    found[name].append((time.process_time() - start) / steps)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def at_equal_time(times: Sequence[float], values: Sequence[np.ndarray], time_ratio: float) -> np.ndarray:
+    """A configuration's values at another training time, by interpolation in the logarithm of time.
+
+    Args:
+        times: relative training times of the configuration's runs, rising.
+        values: a metric of each of these runs, one array per run, each (seeds,).
+        time_ratio: the time that is wanted; beyond the last run its value is taken.
+    """
+    table = np.stack(values)
+    return np.array([np.interp(np.log(time_ratio), np.log(times), column) for column in table.T])

@@ -1,0 +1,77 @@
+"""One cell and seed of a study: where its files are, and whether they are of the present configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from osmose.data.dataset import DataConfig
+from osmose.studies.study import Cell
+from osmose.training import files
+from osmose.training.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Task:
+    """One cell and seed, with all that a process of its own needs to do it."""
+
+    study: str
+    quick: bool
+    cell: Cell
+    seed: int
+    data: DataConfig
+    identity: str
+    config: RunConfig | None
+    folder: Path
+    device: torch.device
+    commit: str | None
+
+    @property
+    def label(self) -> str:
+        """CELL/SEED: what people and `--only` call it."""
+        return f"{self.cell.name}/{self.seed}"
+
+    @property
+    def run_folder(self) -> Path:
+        """Where its run is."""
+        return self.folder / "runs" / f"{self.cell.name}-{self.seed}"
+
+    @property
+    def path(self) -> Path:
+        """Where its measurement is."""
+        return self.folder / "measurements" / f"{self.cell.name}-{self.seed}.json"
+
+    def description(self) -> dict[str, Any]:
+        """What is trained, as plain JSON: the run's configuration; of a cell without a method, its data."""
+        if self.config is None:
+            return {"data": self.data.to_json(), "data_sha256": self.identity, "seed": self.seed}
+        return without_versions(self.config.to_json())
+
+    def has_other_run(self) -> bool:
+        """Whether its run folder holds a run of another configuration, or one that was hardly begun."""
+        path = self.run_folder / "config.json"
+        if not path.is_file():
+            return self.run_folder.exists()
+        return without_versions(files.read_json(path)) != self.description()
+
+    def hash(self) -> str:
+        """SHA-256 of all that its measurement depends on."""
+        content = {"trained": self.description(), "settings": dict(self.cell.settings)}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def measurement(self) -> dict[str, Any] | None:
+        """Its measurement, if there is one of the present configuration."""
+        if not self.path.is_file():
+            return None
+        values: dict[str, Any] = files.read_json(self.path)
+        return values if values.get("hash") == self.hash() else None
+
+
+def without_versions(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's configuration without what says who computed it."""
+    return {name: value for name, value in config.items() if name != "versions"}
