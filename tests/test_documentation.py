@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from osmose.configuration import Entry
 from osmose.methods import METHODS
+from osmose.studies import STUDIES
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,7 +53,26 @@ def test_a_method_is_one_file_and_one_line(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "evaluation.json").is_file()
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_a_study_is_one_file_and_one_line(tmp_path, monkeypatch):
+    (code,) = blocks("docs/studies.md")
+    file = tmp_path / "width.py"
+    file.write_text(code)
+    spec = importlib.util.spec_from_file_location("osmose.studies.width", file)
+    loaded = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "osmose.studies.width", loaded)
+    spec.loader.exec_module(loaded)
+    monkeypatch.setitem(STUDIES.entries, "width", Entry("osmose.studies.width:Width", "widths"))
+
+    from osmose.cli.main import main
+
+    main(["study", "width", "--quick", "--jobs", "1", "--quiet", "--out", str(tmp_path / "out")])
+    assert "128 units score lower than 32" in (tmp_path / "out" / "README.md").read_text()
+
+
+PAGES = ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
         if not target.startswith("http"):
