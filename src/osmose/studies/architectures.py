@@ -60,8 +60,8 @@ class Architectures(Study):
         if self.quick:
             tiny = {"network.channels": 8, "training.steps": 6, "training.batch_size": 8, "training.validate_every": 2}
             return {"digits": base | tiny | {"network.attention": [4], "training.validation_items": 16}}
-        digits: dict[str, Any] = {"network.attention": [4], "training.batch_size": 64, "training.steps": 400}
-        fashion: dict[str, Any] = {"network.attention": [14], "training.batch_size": 32, "training.steps": 150}
+        digits: dict[str, Any] = {"network.attention": [4], "training.batch_size": 64, "training.steps": 300}
+        fashion: dict[str, Any] = {"network.attention": [14], "training.batch_size": 32, "training.steps": 120}
         plans = {"digits": base | digits, "fashion-mnist": base | fashion}
         return {name: plan | {"training.validate_every": plan["training.steps"] // 15} for name, plan in plans.items()}
 

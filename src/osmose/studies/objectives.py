@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from osmose.studies.measures import at_equal_time, bound, noise_under, step_seconds
-from osmose.studies.plots import draw, log_scale, panels, real
+from osmose.studies.plots import draw, panels
 from osmose.studies.study import Cell, Claim, Results, Row, Study, Trained
 from osmose.studies.verdicts import Finding, lower, mean_and_spread
 
@@ -188,7 +188,12 @@ class Objectives(Study):
         return [claim for claim in claims if set(claim.cells) <= there]
 
     def tables(self, results: Results) -> dict[str, list[dict[str, str]]]:
-        return {data: [self._line(results, data, name) for name in self._variants(data)] for data, *_ in self._plans()}
+        tables = {}
+        for data, *_ in self._plans():
+            real = mean_and_spread(results.values(f"{data}-plain", "fd_clf_real"))
+            lines = [self._line(results, data, name) for name in self._variants(data)]
+            tables[data] = [*lines, {"variant": "real data", "fd_clf": real}]
+        return tables
 
     def _line(self, results: Results, data: str, name: str) -> dict[str, str]:
         cell, ratio = f"{data}-{name}", _time(results, data, name)
@@ -211,10 +216,8 @@ class Objectives(Study):
             for name in self._variants(data):
                 if name not in runs:
                     draw(panel, [_time(results, data, name)], [results.values(f"{data}-{name}", "fd_clf")], name)
-            real(panel, results.values(f"{data}-plain", "fd_clf_real").mean())
             panel.set(title=data, xlabel="training time relative to plain", ylabel="fd_clf (lower is better)")
-            log_scale(panel)
-            panel.legend(fontsize=6, ncols=2)
+            panel.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
         return {"score-against-time": figure}
 
 

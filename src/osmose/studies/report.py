@@ -64,7 +64,7 @@ def write_report(
         "resumed": sum(m["training"]["from_step"] > 0 for m in measured),
         "machine": _machine(sorted({str(m["device"]) for m in measured})),
         "versions": versions(),
-        "commits": {"cells": sorted({str(m["commit"]) for m in measured}), "report": commit()},
+        "commits": {"cells": sorted({m["commit"] for m in measured}, key=str), "report": commit()},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     paths = [folder / "results.json", folder / "README.md"]
@@ -222,14 +222,20 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 
 def _made(values: Mapping[str, Any]) -> list[str]:
-    machine, commits = values["machine"], values["commits"]["cells"]
+    machine = values["machine"]
     resumed = f" ({values['resumed']} runs were interrupted: of these only the last part)" if values["resumed"] else ""
     return [
         f"{duration(values['cpu_seconds'])} of CPU time in all{resumed}, one thread for each configuration and seed, "
         f"on {machine['processor']} ({machine['cores']} cores), device {', '.join(machine['devices'])}; seeds "
         f"{', '.join(map(str, values['seeds']))}; {', '.join(f'{k} {v}' for k, v in values['versions'].items())}; "
-        f"commit {', '.join(commits)}; {values['date']}. All numbers are in [results.json](results.json)."
+        f"{_commits(values['commits'])}; {values['date']}. All numbers are in [results.json](results.json)."
     ]
+
+
+def _commits(known: Mapping[str, Any]) -> str:
+    cells = [commit for commit in known["cells"] if commit is not None]
+    said = f"commit {', '.join(cells)}" if cells else "measured with a copy of the code outside of a checkout"
+    return said if known["report"] is None or cells == [known["report"]] else f"{said}, reported at {known['report']}"
 
 
 def _table(rows: Sequence[Mapping[str, str]]) -> list[str]:
