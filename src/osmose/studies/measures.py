@@ -14,6 +14,7 @@ import numpy as np
 from osmose.analysis.gradients import GradientNoise, gradient_noise
 from osmose.analysis.likelihood import likelihood
 from osmose.data.dataset import DataConfig, Dataset
+from osmose.methods.times import LossAwareSampler
 from osmose.studies.study import Trained
 from osmose.training.recipes import recipe
 from osmose.training.run import Run
@@ -35,7 +36,7 @@ def noise_under(trained: Trained, changes: Mapping[str, Any], *, batches: int, w
     model: Any = config.method.replace(**changes).build(config.spec)
     weights: Any = trained.model
     model.denoiser.load_state_dict(weights.denoiser.state_dict())
-    return gradient_noise(
+    noise = gradient_noise(
         model,
         trained.dataset,
         batch_size=config.training.batch_size,
@@ -43,12 +44,15 @@ def noise_under(trained: Trained, changes: Mapping[str, Any], *, batches: int, w
         warmup=warmup,
         seed=trained.seed,
     )
+    if isinstance(model.times, LossAwareSampler) and not model.times.active:
+        raise ValueError(f"the law of times has not been learned after {warmup} batches; give it more")
+    return noise
 
 
 def step_seconds(
     method: str, data: str, dataset: Dataset, changes: Mapping[str, Mapping[str, Any]], *, steps: int, rounds: int = 3
 ) -> dict[str, float]:
-    """CPU seconds of a training step under several configurations, taken in turns so that all see the same machine.
+    """CPU seconds of a training step in float32 under several configurations, in turns so that all see one machine.
 
     Args:
         method: of all of them.
@@ -59,12 +63,14 @@ def step_seconds(
         rounds: turns; the median of each configuration's is its result.
     """
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {
-            name: Trainer(
-                Run.create(Path(folder) / name, recipe(method, DataConfig(source=data), dataset, 0, own)), dataset
-            )
-            for name, own in changes.items()
-        }
+        trainers = {}
+        for name, own in changes.items():
+            config = recipe(method, DataConfig(source=data), dataset, 0, {**own, "training.precision": "fp32"})
+            trainers[name] = Trainer(Run.create(Path(folder) / name, config), dataset)
+            for module in trainers[name].model.modules():
+                if isinstance(module, LossAwareSampler):  # as it is for most of a training: learned
+                    module.losses.fill_(1.0)
+                    module.counts.fill_(module.config.history)
         window, found = Window(), {name: [] for name in changes}  # type: ignore[var-annotated]
         for turn in range(rounds + 1):
             for name, trainer in trainers.items():
