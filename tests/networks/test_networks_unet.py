@@ -217,6 +217,15 @@ def test_groups_are_lowered_to_fit(wanted, channels, groups):
     assert Norm(UNetConfig(norm_groups=wanted), channels).num_groups == groups
 
 
+@pytest.mark.parametrize(("wanted", "channels"), [(7, 64), (3, 32), (64, 96)])
+def test_groups_that_were_asked_for_and_do_not_divide_are_refused(wanted, channels):
+    config = UNetConfig(channels=channels, mult=(1,), blocks=1, attention=(), norm_groups=wanted)
+    with pytest.raises(
+        UserError, match=rf"norm_groups: {wanted} does not divide the {channels} channels .* use one of 1"
+    ):
+        config.build((1, 8, 8))
+
+
 def test_a_base_of_24_channels_runs():
     network = built(UNetConfig(channels=24, mult=(1, 2), attention=(4,)), (1, 8, 8))
     assert bool(network(torch.randn(2, 1, 8, 8), torch.tensor([1.0, 2.0])).isfinite().all())

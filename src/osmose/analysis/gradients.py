@@ -45,7 +45,7 @@ def gradient_noise(
     total = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
     squares, training = 0.0, model.training
     model.train()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(mix(seed, "dropout"))
         for step in range(warmup + batches):
             rows = order.indices(step)

@@ -73,6 +73,7 @@ class Likelihood:
             "terms": self.terms.tolist(),
             "distortion": self.distortion.tolist(),
             "eps_error_by_t": self.eps_error.tolist(),
+            "per_item": self.per_item.tolist(),
         }
 
 

@@ -20,9 +20,9 @@ mean of the k losses. Its `tilt` is tau, for losses summed over the D dimensions
 mean            0       k noises for each item, plainly averaged: what the others are to be compared with
 algorithm3      1       importance-weighted diffusion as printed: the worst draw weighs most
 author-code     1 / D   as its author ran it, with l a mean: weights within a percent of equal
-iwae            -c_t    the importance-weighted bound (arXiv 1509.00519): w = softmax of the
-                        mean of log p(x_s | x_t) / q(x_t | x_s) over q(x_s | x_t, x0), which is
-                        -c_t D l + beta ||eps||^2 / (2 sigma_t^2)
+iwae            -c_t    the weights of the importance-weighted bound (arXiv 1509.00519): w = softmax of the mean of
+                        log p(x_s | x_t) / q(x_t | x_s) over q(x_s | x_t, x0), which is -c_t D l plus an offset,
+                        beta ||eps||^2 / (2 sigma_t^2); without the factor c_t of its gradient
 iwae-simple     -1      its sign without its scale: the best draw weighs most
 =============== ======= ===========================================================================================
 
@@ -122,7 +122,8 @@ def _squared_error(problem: Problem, batch: Batch, level: Level, eps: Tensor) ->
 
 def _refuse_learned_variance(problem: Problem) -> None:
     if problem.variance == "learned_range":
-        raise UserError("variance: learned_range is taught by the bound alone; use objective=hybrid or objective=vlb")
+        steps = "" if problem.chain is not None else " on schedule=linear or cosine"
+        raise UserError(f"variance: learned_range is taught by the bound alone; use objective=hybrid or vlb{steps}")
 
 
 def _require_bound(kind: str, problem: Problem) -> None:

@@ -47,7 +47,9 @@ class UNetConfig(NetworkConfig):
     attention: tuple[int, ...] = Field((16,), description="resolutions (larger side, in pixels) with self-attention")
     heads: int = Field(1, ge=1, description="attention heads")
     dropout: float = Field(0.0, ge=0, lt=1)
-    norm_groups: int = Field(32, ge=1, description="groups of the normalisation, lowered on narrow levels")
+    norm_groups: int = Field(
+        32, ge=1, description="groups of the normalisation; 32 is lowered where it does not divide, others are refused"
+    )
     group_channels: int = Field(4, ge=1, description="fewest channels in a group; 1 for foreign weights that have one")
     norm_eps: float = Field(1e-6, gt=0)
     padding: Literal["symmetric", "asymmetric"] = Field(
@@ -69,7 +71,17 @@ class UNetConfig(NetworkConfig):
         return UNet(self, event_shape, num_classes, num_outputs)
 
     def groups(self, channels: int) -> int:
-        """The groups in which some channels are normalised."""
+        """The groups in which some channels are normalised.
+
+        Raises:
+            UserError: a number was asked for that does not divide the channels.
+        """
+        if channels % self.norm_groups and self.norm_groups != type(self).model_fields["norm_groups"].default:
+            fit = [n for n in range(1, channels + 1) if channels % n == 0 and n <= 32]
+            raise UserError(
+                f"network.norm_groups: {self.norm_groups} does not divide the {channels} channels of a level; "
+                f"use one of {', '.join(map(str, fit))}, or leave it out"
+            )
         most = min(self.norm_groups, max(channels // self.group_channels, 1))
         return next(n for n in range(most, 0, -1) if channels % n == 0)
 

@@ -34,8 +34,8 @@ class TrainSteps(Study):
     are far from converged, the UNet most of all. T = 1000 is sampled in 50 (digits) or 10 (Fashion-MNIST) steps of
     DDIM, T = 100 with its whole chain. The same weights of T = 100 are also sampled with `fixed_small` and with DDIM,
     which tells the chain from the sampler (`short-chain` compares the two chains under one sampler). 800 digits and 300
-    images of Fashion-MNIST are scored, which are few for `fd_clf`: it compares the features of a small classifier and is
-    not FID.
+    images of Fashion-MNIST are scored, which are few for `fd_clf`. It compares the features of a small classifier and
+    is not FID.
     """
 
     title = "Longer training gives better scores, with a long chain and with a short one"
