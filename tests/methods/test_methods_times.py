@@ -170,6 +170,20 @@ def test_until_every_step_has_its_losses_the_law_is_uniform(stratified):
     assert torch.equal(sampler.report(t)["loss_aware"], torch.ones(50))
 
 
+def test_the_log_has_the_law_by_quartile_of_t():
+    sampler = sampler_of(table_of())
+    t, _ = sampler.draw(StepDraws(0, 0, 0, 50, 50))
+    p, logged = sampler.probabilities(), sampler.report(t)
+    quartile = (torch.arange(1, T + 1) / T * 4).long().clamp(max=3)
+    for index in range(4):
+        share = logged[f"p_q{index + 1}"]
+        assert share.shape == (50,)
+        assert share.unique().item() == pytest.approx(p[quartile == index].sum().item(), rel=1e-12)
+    assert len({logged[f"p_q{index + 1}"][0].item() for index in range(4)}) == 4
+    fresh = sampler_of(history=2)
+    assert fresh.report(t)["p_q1"].unique().item() == pytest.approx((quartile == 0).double().mean().item())
+
+
 def test_evaluation_draws_as_if_nothing_had_been_learned():
     sampler = sampler_of(table_of()).eval()
     t, weight = sampler.draw(StepDraws(0, 0, 0, 50, 50))

@@ -161,6 +161,9 @@ class LossAwareSampler(TimeSampler):
         self.register_buffer("losses", torch.zeros(schedule.native_steps, config.history))
         self.register_buffer("counts", torch.zeros(schedule.native_steps, dtype=torch.int64))
         self._noted: list[Tensor] = []
+        steps = torch.arange(1, schedule.native_steps + 1, dtype=torch.float64)
+        self._quarter = (steps / schedule.native_steps * 4).long().clamp(max=3)  # as the log cuts its losses
+        self._law = torch.full_like(steps, 1 / schedule.native_steps)
 
     @property
     def active(self) -> bool:
@@ -178,7 +181,7 @@ class LossAwareSampler(TimeSampler):
     def draw(self, draws: Draws) -> tuple[Tensor, Tensor | None]:
         if not (self.training and self.active):
             return super().draw(draws)
-        p = self.probabilities()
+        p = self._law = self.probabilities()
         # The sum of p may miss 1 by a rounding error, and u lie beyond it.
         index = torch.searchsorted(p.cumsum(0), self._uniform(draws), right=True).clamp(max=len(p) - 1)
         return (index + 1).double() / len(p), 1 / (len(p) * p[index]) if self.config.debias else None
@@ -207,7 +210,12 @@ class LossAwareSampler(TimeSampler):
         self.counts += new
 
     def report(self, t: Tensor) -> dict[str, Tensor]:
-        return {"loss_aware": torch.full_like(t, float(self.active))} if self.training else {}
+        if not self.training:
+            return {}
+        # The law itself, by quartile of t: where training goes.
+        shares = torch.zeros(4, dtype=torch.float64).index_add_(0, self._quarter, self._law).tolist()
+        logged = {"loss_aware": float(self.active)} | {f"p_q{i}": share for i, share in enumerate(shares, 1)}
+        return {name: torch.full_like(t, value) for name, value in logged.items()}
 
 
 def _of_all_processes(values: Tensor) -> Tensor:
