@@ -10,6 +10,7 @@ from osmose.data.batches import BatchOrder
 from osmose.data.dataset import Dataset
 from osmose.gaussian.draws import StepDraws, mix
 from osmose.methods.base import Batch, GenerativeModel
+from osmose.methods.times import LossAwareSampler
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class GradientNoise:
     squared_mean: float
 
 
+def learned(model: GenerativeModel) -> bool:
+    """Whether every law of times that the model learns is learned."""
+    return all(module.active for module in model.modules() if isinstance(module, LossAwareSampler))
+
+
 def gradient_noise(
     model: GenerativeModel, dataset: Dataset, *, batch_size: int, batches: int, warmup: int = 0, seed: int = 0
 ) -> GradientNoise:
@@ -37,6 +43,10 @@ def gradient_noise(
         batches: gradients that are compared, at least 2.
         warmup: steps before, without gradient, from which a loss-aware law of times learns.
         seed: of batches, times and noise.
+
+    Raises:
+        ValueError: fewer than 2 batches, or a law of times that was not learned in the warm-up: its noise would be a
+            mixture of two.
     """
     if batches < 2:
         raise ValueError(f"batches = {batches}: at least 2 gradients are needed for a variance")
@@ -53,6 +63,8 @@ def gradient_noise(
             condition = labels[rows].to(model.device) if model.config.conditional and labels is not None else None
             batch = Batch(model.spec.encode(dataset.train[rows].to(model.device)), condition)
             draws = StepDraws(seed, step, 0, batch_size, batch_size, model.device)
+            if step == warmup and not learned(model):
+                raise ValueError(f"the law of times has not been learned after {warmup} batches; give it more")
             with torch.set_grad_enabled(step >= warmup):
                 loss = model.loss(batch, draws).per_item.mean()
             if step >= warmup:

@@ -149,7 +149,7 @@ class ShortChain(Study):
 
             return check
 
-        text = f"{data}: T = {max(chains)} strided to {short} steps scores like T = {short}, within 25 %, with"
+        text = f"{data}: T = {short} scores within 25 % of T = {max(chains)} strided to {short} steps, with"
         return [
             *claims,
             Claim(
