@@ -12,14 +12,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from osmose.analysis.likelihood import likelihood
     from osmose.data.dataset import DataConfig, Dataset
     from osmose.errors import UserError
     from osmose.metrics.evaluate import score_samples
+    from osmose.studies.running import run_study
     from osmose.training.recipes import recipe, train
     from osmose.training.run import Run, load
     from osmose.training.trainer import Trainer
 
-__all__ = ["DataConfig", "Dataset", "Run", "Trainer", "UserError", "load", "recipe", "score_samples", "train"]
+__all__ = [
+    "DataConfig",
+    "Dataset",
+    "Run",
+    "Trainer",
+    "UserError",
+    "likelihood",
+    "load",
+    "recipe",
+    "run_study",
+    "score_samples",
+    "train",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -28,8 +42,10 @@ _HOMES = {
     "Run": "osmose.training.run",
     "Trainer": "osmose.training.trainer",
     "UserError": "osmose.errors",
+    "likelihood": "osmose.analysis.likelihood",
     "load": "osmose.training.run",
     "recipe": "osmose.training.recipes",
+    "run_study": "osmose.studies.running",
     "score_samples": "osmose.metrics.evaluate",
     "train": "osmose.training.recipes",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -86,6 +87,7 @@ class Likelihood:
             f"  transitions     {float(result.terms[1:].sum()):.4f}  ({c['num_steps'] - 1} terms)",
             f"  decoder L_0     {float(result.terms[0]):.4f}",
             f"  chain of {c['num_steps']} steps, variance {c['variance']}, {'' if c['clip'] else 'not '}clipped",
+            f"  guessing, all levels alike, would take {math.log2(c['levels']):.4f}",
             f"mean squared error of the noise, all t alike: {float(result.eps_error.mean()):.4f}",
             "wrote " + ", ".join(map(str, paths)),
         ]

@@ -123,19 +123,28 @@ def _squared_error(problem: Problem, batch: Batch, level: Level, eps: Tensor) ->
 def _refuse_learned_variance(problem: Problem) -> None:
     if problem.variance == "learned_range":
         steps = "" if problem.chain is not None else " on schedule=linear or cosine"
-        raise UserError(f"variance: learned_range is taught by the bound alone; use objective=hybrid or vlb{steps}")
+        raise UserError(
+            f"variance: learned_range is taught by the bound alone; use objective=hybrid or vlb{steps}, "
+            "or variance=fixed_small (and sampling.solver.variance=fixed_small)"
+        )
+
+
+def _without(problem: Problem) -> str:
+    """What else has to change where there is no bound to teach a learned variance."""
+    learned = problem.variance == "learned_range"
+    return " variance=fixed_small sampling.solver.variance=fixed_small" if learned else ""
 
 
 def _require_bound(kind: str, problem: Problem) -> None:
     if problem.chain is None:
         raise UserError(
             f"objective: {kind} needs a schedule with steps, linear or cosine; "
-            f"{problem.denoiser.schedule.kind!r} is continuous: use objective=simple"
+            f"{problem.denoiser.schedule.kind!r} is continuous: use objective=simple{_without(problem)}"
         )
     if problem.decoder is None:
         raise UserError(
             f"objective: {kind} counts bits per dimension, which needs data with a known number of levels (256 for "
-            "8-bit images); these have none: use objective=simple"
+            f"8-bit images); these have none: use objective=simple{_without(problem)}"
         )
 
 
