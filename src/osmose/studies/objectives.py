@@ -251,7 +251,10 @@ class Objectives(Study):
             draw(panel, [_time(results, data, name) for name in runs], lengths, "plain, longer", marker="s")
             for name in self._variants(data):
                 if name not in runs:
-                    draw(panel, [_time(results, data, name)], [results.values(f"{data}-{name}", "fd_clf")], name)
+                    marker = "D" if name.startswith("loss-aware-") else "o"  # the colours come round again
+                    draw(
+                        panel, [_time(results, data, name)], [results.values(f"{data}-{name}", "fd_clf")], name, marker
+                    )
             panel.set(title=data, xlabel="training time relative to plain", ylabel="fd_clf (lower is better)")
             panel.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
         return {"score-against-time": figure}
