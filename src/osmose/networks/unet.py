@@ -136,7 +136,7 @@ class UNet(nn.Module):
         if missing:
             raise UserError(
                 f"network.attention: {missing[0]} does not occur; the resolutions of these images are "
-                f"{', '.join(map(str, resolutions))}"
+                f"{', '.join(map(str, resolutions))}; set network.attention to some of them"
             )
         channels, widths = config.channels, [config.channels * m for m in config.mult]
         self.config, self.channels, data_channels = config, channels, event_shape[0]
