@@ -13,7 +13,7 @@ from osmose.data.dataset import DataSpec
 from osmose.gaussian.draws import StepDraws
 from osmose.methods.base import Batch, GenerativeModel
 from osmose.methods.diffusion import DDPMConfig
-from osmose.studies.measures import step_seconds
+from osmose.studies.measures import at_equal_time, step_seconds
 from osmose.studies.plots import draw, log_scale, panels
 from osmose.studies.study import Cell, Claim, Results, Row, Study, Trained
 from osmose.studies.verdicts import Finding, all_of, lower, mean_and_spread, within
@@ -164,7 +164,7 @@ class Architectures(Study):
         steps, losses = self._losses(results, data, name)
         quickest = min(self._milliseconds(results, data, other) for other in NETWORKS)
         reached = steps[-1] * quickest / self._milliseconds(results, data, name)
-        return np.array([np.interp(reached, steps, column) for column in np.stack(losses, 1)])
+        return at_equal_time(steps, losses, reached)
 
     def tables(self, results: Results) -> dict[str, list[dict[str, str]]]:
         full = []

@@ -80,13 +80,13 @@ def step_seconds(
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def at_equal_time(times: Sequence[float], values: Sequence[np.ndarray], time_ratio: float) -> np.ndarray:
+def at_equal_time(times: Sequence[float], values: Sequence[np.ndarray], time: float) -> np.ndarray:
     """A configuration's values at another training time, by interpolation in the logarithm of time.
 
     Args:
-        times: relative training times of the configuration's runs, rising.
-        values: a metric of each of these runs, one array per run, each (seeds,).
-        time_ratio: the time that is wanted; beyond the last run its value is taken.
+        times: training times of the configuration's runs, or of the states of one run, rising.
+        values: a metric at each of these, one array each, (seeds,).
+        time: that is wanted, in the unit of `times`; beyond the last its value is taken.
     """
     table = np.stack(values)
-    return np.array([np.interp(np.log(time_ratio), np.log(times), column) for column in table.T])
+    return np.array([np.interp(np.log(time), np.log(times), column) for column in table.T])

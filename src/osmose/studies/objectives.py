@@ -37,18 +37,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "plain-2x": ({}, "twice the steps"),
     "plain-3x": ({}, "three times the steps"),
 }
-#: Left out on Fashion-MNIST, where a run takes minutes.
-_DIGITS_ONLY = (
-    "author-code",
-    "iwae",
-    "iwae-simple",
-    "loss-aware-2",
-    "loss-aware-author-code",
-    "loss-aware-algorithm3",
-    "plain-3x",
-)
 #: Variants whose gradient has the expectation of `plain`'s: of others the noise cannot be compared.
 _SAME_OBJECTIVE = ("plain", "mean", "loss-aware", "loss-aware-2")
+#: Training of plain runs that take longer, relative to `plain`'s.
+_LENGTHS = {"plain-2x": 2, "plain-3x": 3}
+_PLAIN = ("plain", *_LENGTHS)
+_TIMED = tuple(name for name in VARIANTS if name not in _LENGTHS)
 _DIGITS = {"network": "mlp", "network.width": 96, "network.depth": 2, "training.batch_size": 64, "training.lr": 2e-3}
 _FASHION = {"network.channels": 8, "training.batch_size": 32, "training.lr": 2e-3, "schedule.num_steps": 200}
 
@@ -60,15 +54,15 @@ class Objectives(Study):
     the same number of steps except the two that say otherwise, and see as many images except the doubled batch. `time`
     is the CPU time of a step relative to `plain`, in float32, in turns on one core. The columns "plain at that time"
     are what `plain` reaches in the variant's training time, interpolated between its runs of one, two and three times
-    the steps (on Fashion-MNIST two at most). Samples are drawn with DDIM. `eps_error` is the held-out L_simple (uniform
+    the steps. Samples are drawn with DDIM. `eps_error` is the held-out L_simple (uniform
     t); bits are the bound of the chain with the fixed variance named, the estimate clipped, averaged weights.
     `gradient noise` is the trace of the covariance of a step's gradient relative to `plain`'s, at the weights that
     `plain` has in the end, for the variants that estimate the same gradient.
 
     The published numbers come from code that weighs by a mean over dimensions (`author-code`), not by the sum that is
     printed (`algorithm3`). Digits: an MLP (2 blocks of 96), T = 1000. Fashion-MNIST: the default UNet at 8 channels,
-    T = 200, and a training so short that loss-aware times are uniform for its first third; some variants are run on the
-    digits alone; 400 samples are few for `fd_clf`. All models are far from converged.
+    T = 200, and a training so short that loss-aware times are uniform for its first third; 400 samples are few for
+    `fd_clf`. All models are far from converged.
     """
 
     title = "Importance sampling of t and importance-weighted noises, with the controls they need"
@@ -81,13 +75,11 @@ class Objectives(Study):
     def cells(self) -> list[Cell]:
         cells = []
         for data, base, steps, settings in self._plans():
-            for name in self._variants(data):
-                changes, note = VARIANTS[name]
-                length = {"plain-2x": 2, "plain-3x": 3}.get(name, 1)
-                batch = base["training.batch_size"] * (2 if name == "batch-2x" else 1)
-                own = {**base, **changes, "training.batch_size": batch, "training.steps": steps * length}
-                cells.append(Cell(f"{data}-{name}", "ddpm", data, own, settings, note))
-            timed = {"steps": 2 if self.quick else 6 if data == "fashion-mnist" else 40}
+            for name, (_, note) in VARIANTS.items():
+                own = _changes(base, name) | {"training.steps": steps * _LENGTHS.get(name, 1)}
+                noises = {"noise_of": _SAME_OBJECTIVE} if name == "plain" else {}
+                cells.append(Cell(f"{data}-{name}", "ddpm", data, own, settings | noises, note))
+            timed = {"steps": 2 if self.quick else 6 if data == "fashion-mnist" else 40, "variants": _TIMED}
             note = "CPU time of a step under the configurations of this data set"
             cells.append(Cell(f"{data}-time", None, data, {}, timed, note))
         return cells
@@ -99,9 +91,6 @@ class Objectives(Study):
         digits = {"n": 800, "sampling_steps": 50, "batches": 300, "warmup": 500, "items": None}
         fashion = {"n": 400, "sampling_steps": 20, "batches": 60, "warmup": 180, "items": 64}
         return [("digits", _DIGITS, 3000, digits), ("fashion-mnist", _FASHION, 400, fashion)]
-
-    def _variants(self, data: str) -> list[str]:
-        return [name for name in VARIANTS if data == "digits" or name not in _DIGITS_ONLY]
 
     def measure(self, trained: Trained) -> list[Row]:
         settings = trained.cell.settings
@@ -116,33 +105,21 @@ class Objectives(Study):
             "bits_small": small["bits_per_dim"],
             "bits_large": large["bits_per_dim"],
         }
-        if trained.cell.name.endswith("-plain"):
+        if "noise_of" in settings:
             values |= self._noises(trained)
         return [Row({}, values)]
 
     def _noises(self, trained: Trained) -> dict[str, float]:
         """Gradient noise of every variant at the weights of `plain`, relative to its own."""
-        settings, found = trained.cell.settings, {}
-        for name in self._variants(trained.cell.data if isinstance(trained.cell.data, str) else ""):
-            if name in _SAME_OBJECTIVE:
-                changes = VARIANTS[name][0]
-                found[name] = noise_under(
-                    trained, changes, batches=settings["batches"], warmup=settings["warmup"]
-                ).variance
+        settings = trained.cell.settings
+        given = {"batches": settings["batches"], "warmup": settings["warmup"]}
+        found = {name: noise_under(trained, VARIANTS[name][0], **given).variance for name in settings["noise_of"]}
         return {f"noise of {name}": variance / found["plain"] for name, variance in found.items()}
 
     def _times(self, trained: Trained) -> list[Row]:
         data = str(trained.cell.data)
         base = next(base for name, base, *_ in self._plans() if name == data)
-        changes = {
-            name: {
-                **base,
-                **VARIANTS[name][0],
-                "training.batch_size": base["training.batch_size"] * (1 + (name == "batch-2x")),
-            }
-            for name in self._variants(data)
-            if not name.startswith("plain-")
-        }
+        changes = {name: _changes(base, name) for name in trained.cell.settings["variants"]}
         seconds = step_seconds("ddpm", data, trained.dataset, changes, steps=trained.cell.settings["steps"])
         return [
             Row({"variant": name}, {"time": value / seconds["plain"], "milliseconds": 1e3 * value})
@@ -160,25 +137,24 @@ class Objectives(Study):
             return Claim.alike(f"{data}: {text}", f"{data}-{a}", f"{data}-{b}", metric, share)
 
         def pays(what: str, name: str) -> Claim:
-            cells = [f"{data}-{run}" for run in (name, *self._variants(data)) if run == name or run.startswith("plain")]
+            cells = [f"{data}-{run}" for run in (name, *_PLAIN, "time")]
 
             def check(results: Results) -> Finding:
                 ratio = _time(results, data, name)
                 found = lower(results.values(f"{data}-{name}", "fd_clf"), _plain_at(results, data, "fd_clf", ratio))
-                longest = max(_time(results, data, run) for run in self._variants(data) if run.startswith("plain"))
-                if ratio <= longest or found.verdict != "reproduced":
+                if ratio <= max(_LENGTHS.values()) or found.verdict != "reproduced":
                     return found
                 return Finding("inconclusive", f"{found.evidence}; no plain run is as long as {ratio:.2f} times")
 
             text = f"{data}: {what} samples better than DDPM trained for the same time"
-            return Claim(text, [*dict.fromkeys(cells), f"{data}-time"], check)
+            return Claim(text, cells, check)
 
         def half(results: Results) -> Finding:
             plain, mean, run = (results.values(f"{data}-{name}", "fd_clf") for name in ("plain", "mean", "author-code"))
             return all_of(lower(run, plain), lower((plain - run) / 2, plain - mean))
 
         run, printed, both = "author-code", "algorithm3", "loss-aware-author-code"
-        claims = [
+        return [
             less("IWDiff (k = 2) as run samples better than DDPM at equal steps (published)", run, "plain"),
             less("IWDiff (k = 2) as printed samples better than DDPM at equal steps", printed, "plain"),
             alike("IWDiff as run is the average of two noises: L_simple within 0.5 %", run, "mean", "eps_error", 0.005),
@@ -220,14 +196,12 @@ class Objectives(Study):
             less("IWDiff as run improves importance sampling (published: both are best)", both, "loss-aware"),
             less("IWDiff as printed improves importance sampling", "loss-aware-algorithm3", "loss-aware"),
         ]
-        there = {f"{data}-{name}" for name in (*self._variants(data), "time")}
-        return [claim for claim in claims if set(claim.cells) <= there]
 
     def tables(self, results: Results) -> dict[str, list[dict[str, str]]]:
         tables = {}
         for data, *_ in self._plans():
             real = mean_and_spread(results.values(f"{data}-plain", "fd_clf_real"))
-            lines = [self._line(results, data, name) for name in self._variants(data)]
+            lines = [self._line(results, data, name) for name in VARIANTS]
             tables[data] = [*lines, {"variant": "real data", "fd_clf": real}]
         return tables
 
@@ -246,11 +220,10 @@ class Objectives(Study):
     def figures(self, results: Results) -> dict[str, Figure]:
         figure, axes = panels(len(self._plans()))
         for panel, (data, *_) in zip(axes, self._plans(), strict=True):
-            runs = [name for name in self._variants(data) if name.startswith("plain")]
-            lengths = [results.values(f"{data}-{name}", "fd_clf") for name in runs]
-            draw(panel, [_time(results, data, name) for name in runs], lengths, "plain, longer", marker="s")
-            for name in self._variants(data):
-                if name not in runs:
+            lengths = [results.values(f"{data}-{name}", "fd_clf") for name in _PLAIN]
+            draw(panel, [_time(results, data, name) for name in _PLAIN], lengths, "plain, longer", marker="s")
+            for name in VARIANTS:
+                if name not in _PLAIN:
                     marker = "D" if name.startswith("loss-aware-") else "o"  # the colours come round again
                     draw(
                         panel, [_time(results, data, name)], [results.values(f"{data}-{name}", "fd_clf")], name, marker
@@ -260,18 +233,20 @@ class Objectives(Study):
         return {"score-against-time": figure}
 
 
+def _changes(base: dict[str, Any], name: str) -> dict[str, Any]:
+    """The configuration of a variant but for its length."""
+    batch = base["training.batch_size"] * (2 if name == "batch-2x" else 1)
+    return {**base, **VARIANTS[name][0], "training.batch_size": batch}
+
+
 def _time(results: Results, data: str, name: str) -> float:
     """Training time relative to `plain`."""
-    if name.startswith("plain"):
-        return {"plain-2x": 2.0, "plain-3x": 3.0}.get(name, 1.0)
+    if name in _PLAIN:
+        return float(_LENGTHS.get(name, 1))
     return float(results.values(f"{data}-time", "time", variant=name).mean())
 
 
 def _plain_at(results: Results, data: str, metric: str, ratio: float) -> np.ndarray:
     """What `plain` reaches in a training time."""
-    runs = [name for name in ("plain", "plain-2x", "plain-3x") if f"{data}-{name}" in results.rows]
-    return at_equal_time(
-        [_time(results, data, name) for name in runs],
-        [results.values(f"{data}-{name}", metric) for name in runs],
-        ratio,
-    )
+    values = [results.values(f"{data}-{name}", metric) for name in _PLAIN]
+    return at_equal_time([_time(results, data, name) for name in _PLAIN], values, ratio)
