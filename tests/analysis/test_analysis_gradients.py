@@ -35,6 +35,9 @@ class Known(GenerativeModel):
     def networks(self):
         return []
 
+    def probe(self, items):
+        pass
+
     def loss(self, batch, draws):  # noqa: ARG002
         self.silent += not torch.is_grad_enabled()
         return LossTerms((self.w * (1 + draws.normal((2,)))).sum(1))

@@ -47,7 +47,7 @@ DIGITS = ["train", "ddpm", "--data", "digits", "--quiet", "--out", "new"]
         ([*TOY, "--steps", "abc"], "--steps: 'abc' is not valid: should be a whole number"),
         ([*TOY, "--steps", "2.5"], "--steps: '2.5' is not valid: should be a whole number"),
         ([*TOY, "--lr", "fast"], "--lr: 'fast' is not valid: should be a number"),
-        ([*TOY, "--steps", "0"], "training.steps: 0 is not valid: should be greater than or equal to 1"),
+        ([*TOY, "--steps", "0"], "training.steps: 0 is not valid: must be at least 1"),
         ([*TOY, "--batch-size", "-4"], "training.batch_size: -4 is not valid"),
         ([*TOY, "--lr", "0"], "training.lr: 0.0 is not valid: should be greater than 0"),
         ([*TOY, "--lr", "nan"], "training.lr: nan is not valid: should be a finite number"),

@@ -70,7 +70,7 @@ def test_the_published_defaults():
     assert edm.sampling == GaussianSampling(num_steps=18, solver=Heun(), spacing="even", clip=False)
 
 
-@pytest.mark.parametrize("kind", list(METHODS.entries))
+@pytest.mark.parametrize("kind", ["ddpm", "iddpm", "edm"])
 @pytest.mark.parametrize("shape", [(2,), (1, 8, 8), (1, 28, 28), (3, 32, 32)])
 def test_the_recipe_completes_a_configuration(kind, shape):
     cls = METHODS.resolve(kind)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from osmose.gaussian.draws import StepDraws
@@ -66,8 +66,7 @@ def macs_of(model: GenerativeModel) -> int:
     CIFAR-10 there are 5.78 instead of 6.22 billion.
     """
     with _inference(model), FlopCounterMode(display=False) as counter:
-        for network in model.networks():
-            network(*_input(model, 1))
+        model.probe(1)
     return counter.get_total_flops() // 2
 
 
@@ -79,15 +78,9 @@ def cost_of(model: GenerativeModel, batch_size: int = 16, repeats: int = 3) -> C
         batch_size: items in a batch, at most: fewer where it would take long.
         repeats: the best of so many counts.
     """
-
-    def evaluate(items: int) -> None:
-        given = _input(model, items)
-        for network in model.networks():
-            network(*given)
-
     with _inference(model):
-        items = _affordable(evaluate, batch_size, model.device)
-        seconds = min(_timed(lambda: evaluate(items), model.device) for _ in range(repeats))
+        items = _affordable(model.probe, batch_size, model.device)
+        seconds = min(_timed(lambda: model.probe(items), model.device) for _ in range(repeats))
     return Cost(num_parameters(model), macs_of(model), seconds / items)
 
 
@@ -106,7 +99,8 @@ def seconds_per_step(model: GenerativeModel, training: TrainingConfig, repeats: 
     ema = EMA(model, training.ema)
 
     def learn(items: int) -> None:
-        x, _, condition = _input(model, items)
+        x = torch.randn(items, *spec.shape, generator=torch.Generator().manual_seed(0)).to(device)
+        condition = torch.zeros(items, dtype=torch.int64, device=device) if model.config.conditional else None
         batch = Batch(spec.encode(spec.decode(x)), condition)  # values that such data can have
         draws = StepDraws(0, 0, 0, items, items, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
@@ -138,14 +132,6 @@ def _inference(model: GenerativeModel) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-def _input(model: GenerativeModel, items: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(items, *model.spec.shape, generator=generator).to(model.device)
-    label = torch.full((items,), 500.0, device=model.device)
-    condition = torch.zeros(items, dtype=torch.int64, device=model.device) if model.config.conditional else None
-    return x, label, condition
 
 
 def _affordable(run: Callable[[int], None], most: int, device: torch.device) -> int:

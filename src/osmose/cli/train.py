@@ -14,9 +14,10 @@ from osmose.cli.command import Result, quiet_warnings
 from osmose.configuration import ConfigError, override, value_at
 from osmose.data import SOURCES
 from osmose.errors import UserError
-from osmose.methods import METHODS
+from osmose.methods import COMPOSED, METHODS
 from osmose.networks import NETWORKS
 
+_TRAINED = ", ".join(kind for kind in METHODS.entries if kind not in COMPOSED)
 #: Flags that are another way to write an override.
 _SAID = {
     "data": "data.source",
@@ -46,9 +47,7 @@ class Train:
     with the nearest right one; `osmose info RUN` prints them all.
     """
 
-    method: Annotated[Positional[str | None], arg(metavar="METHOD", help=f"one of: {', '.join(METHODS.entries)}")] = (
-        None
-    )
+    method: Annotated[Positional[str | None], arg(metavar="METHOD", help=f"one of: {_TRAINED}")] = None
     data: Annotated[
         str | None,
         arg(
@@ -95,7 +94,7 @@ class Train:
 
     def _start(self, out: Path) -> Result:
         if self.method is None:
-            raise UserError(f"METHOD: required: one of {', '.join(METHODS.entries)}")
+            raise UserError(f"METHOD: required: one of {_TRAINED}")
         METHODS.resolve(self.method)
         changes = self._changes()
         if "data.source" not in changes:

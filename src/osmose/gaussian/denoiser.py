@@ -89,18 +89,24 @@ class Conditioned:
     """A denoiser with its condition filled in, and its result kept inside the data's range where one is given.
 
     The solvers recompute eps from what it returns.
+
+    Attributes:
+        calls: evaluations of the network so far.
     """
 
     def __init__(
         self, denoiser: NetworkDenoiser, condition: Tensor | None = None, limits: tuple[float, float] | None = None
     ):
         self.denoiser, self.condition, self.limits = denoiser, condition, limits
+        self.calls = 0
 
     def __call__(self, x_t: Tensor, level: Level) -> Tensor:
+        self.calls += 1
         return self._limited(self.denoiser(x_t, level, self.condition))
 
     def with_variance(self, x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """The denoised batch, and w of a learned variance."""
+        self.calls += 1
         x0, share = self.denoiser.with_variance(x_t, level, self.condition)
         assert share is not None, "asked for the variance of a model that has not learned one"
         return self._limited(x0), share

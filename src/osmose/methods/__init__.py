@@ -16,8 +16,11 @@ METHODS = Registry(
             "osmose.methods.diffusion:EDMConfig",
             "preconditioned diffusion in continuous noise (Karras et al. 2022)",
         ),
+        "surrogate": ("osmose.methods.surrogate:SurrogateConfig", "a chain that is entered with rough samples"),
     },
 )
+#: Methods that are put together from other runs instead of being trained.
+COMPOSED = ("surrogate",)
 TIME_SAMPLERS = Registry(
     "time sampler",
     {

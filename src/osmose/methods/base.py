@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -91,9 +91,7 @@ class Samples:
 
 
 class SamplingConfig(Config):
-    """How a method samples when nothing else is said; each method extends it."""
-
-    num_steps: int = Field(50, ge=1, description="solver steps")
+    """How a method samples when nothing else is said; a method that has something to choose extends it."""
 
 
 class MethodConfig(Config, ABC):
@@ -113,6 +111,18 @@ class MethodConfig(Config, ABC):
             data_std: root mean square of the data in the model's units.
         """
 
+    @classmethod
+    def training_recipe(cls, spec: DataSpec) -> dict[str, Any]:  # noqa: ARG003
+        """Fields of `TrainingConfig` that suit the method better than what suits most; none by default.
+
+        A method that is fitted in closed form (`GenerativeModel.prepare`) and has no parameter to train says
+        `{"steps": 0}`.
+
+        Args:
+            spec: the data's form.
+        """
+        return {}
+
     @abstractmethod
     def build(self, spec: DataSpec) -> GenerativeModel:
         """The model, with fresh weights from torch's global generator.
@@ -130,6 +140,15 @@ class GenerativeModel(nn.Module, ABC):
         if config.conditional and not spec.num_classes:
             raise UserError("method.conditional: true needs data with classes, and these have none")
         self.config, self.spec = config, spec
+
+    def prepare(self, items: Iterable[Batch]) -> None:
+        """Take from the training data what can be had in closed form; most methods have nothing to do.
+
+        Called once, before the first step of a new run; what it sets is part of the state, as parameters or buffers.
+
+        Args:
+            items: the whole training part in batches, on the device of the model; may be gone through once.
+        """
 
     @abstractmethod
     def loss(self, batch: Batch, draws: Draws) -> LossTerms:
@@ -168,7 +187,11 @@ class GenerativeModel(nn.Module, ABC):
 
     @abstractmethod
     def networks(self) -> list[nn.Module]:
-        """The networks that do the work, each called as (x, label, condition): what is compiled and counted."""
+        """The networks that do the work: what is compiled."""
+
+    @abstractmethod
+    def probe(self, items: int) -> None:
+        """Run every network that sampling needs once, on some input for so many items: what is counted and timed."""
 
     def after_step(self, parts: Sequence[tuple[Batch, Draws]]) -> None:
         """Adapt to an optimisation step, once its update is made; most methods have nothing to do.
@@ -241,7 +264,7 @@ class GenerativeModel(nn.Module, ABC):
             num_samples: how many.
             **options: `seed` (default 0), `condition` (int64 classes (n,), or one class for all), `batch_size`,
                 `on_step` (a callback of steps done and steps in all), and anything that the method's sampling
-                configuration holds: `num_steps`, and for Gaussian methods `solver`, `spacing`, `clip`.
+                configuration holds: of Gaussian methods `num_steps`, `solver`, `spacing`, `clip`.
 
         Raises:
             UserError: an option that is refused; the message says what would be right.

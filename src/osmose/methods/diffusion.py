@@ -21,26 +21,26 @@ from torch import Tensor, nn
 
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
-from osmose.gaussian import NOISES, PARAMETRIZATIONS, SCHEDULES, SOLVERS
+from osmose.gaussian import NOISES, PARAMETRIZATIONS, SCHEDULES
 from osmose.gaussian.chain import LevelDecoder, ReverseChain, Variance
 from osmose.gaussian.denoiser import Conditioned, NetworkDenoiser
 from osmose.gaussian.draws import Draws
-from osmose.gaussian.grid import Spacing, TimeGrid
+from osmose.gaussian.grid import TimeGrid
 from osmose.gaussian.noise import Noise, WhiteNoise
 from osmose.gaussian.parametrization import EDMParametrization, EpsParametrization, Parametrization, column, noised
-from osmose.gaussian.schedule import CosineSchedule, LinearSchedule, Schedule, VarianceExploding
-from osmose.gaussian.solvers import DDIM, Ancestral, Heun, Solver
+from osmose.gaussian.schedule import CosineSchedule, Level, LinearSchedule, Schedule, VarianceExploding
+from osmose.gaussian.solvers import Ancestral, Heun
 from osmose.methods import OBJECTIVES, TIME_SAMPLERS
 from osmose.methods.base import (
     Batch,
     BoundTerms,
-    GenerativeModel,
     LossTerms,
     MethodConfig,
     NetworkChoice,
     OnStep,
     SamplingConfig,
 )
+from osmose.methods.chain import ChainModel, GaussianSampling
 from osmose.methods.objectives import HybridObjective, Objective, Problem, SimpleObjective
 from osmose.methods.times import LogNormalTimes, TimeSamplerConfig, UniformTimes
 from osmose.networks.presets import network_for
@@ -48,20 +48,13 @@ from osmose.networks.presets import network_for
 ScheduleChoice = Annotated[SerializeAsAny[Schedule], BeforeValidator(SCHEDULES.parse)]
 ParametrizationChoice = Annotated[SerializeAsAny[Parametrization], BeforeValidator(PARAMETRIZATIONS.parse)]
 NoiseChoice = Annotated[SerializeAsAny[Noise], BeforeValidator(NOISES.parse)]
-SolverChoice = Annotated[SerializeAsAny[Solver], BeforeValidator(SOLVERS.parse)]
 ObjectiveChoice = Annotated[SerializeAsAny[Objective], BeforeValidator(OBJECTIVES.parse)]
 TimesChoice = Annotated[SerializeAsAny[TimeSamplerConfig], BeforeValidator(TIME_SAMPLERS.parse)]
 
 #: Steps of the bound on a schedule that has none of its own.
 _BOUND_STEPS = 1000
-
-
-class GaussianSampling(SamplingConfig):
-    """Solver, number of steps and their spacing."""
-
-    solver: SolverChoice = DDIM()
-    spacing: Spacing = "even"
-    clip: bool = Field(True, description="keep the denoised estimate inside the data's range, where there is one")
+#: Times, and ratios of levels, that differ by less are the same.
+_SAME_TIME = 1e-9
 
 
 class DiffusionConfig(MethodConfig):
@@ -123,7 +116,7 @@ class EDMConfig(DiffusionConfig):
         }
 
 
-class Diffusion(GenerativeModel):
+class Diffusion(ChainModel):
     """See `DiffusionConfig`.
 
     Attributes:
@@ -167,7 +160,7 @@ class Diffusion(GenerativeModel):
     def sampling(self, **options: Any) -> SamplingConfig:
         sampling = super().sampling(**options)
         assert isinstance(sampling, GaussianSampling)
-        TimeGrid.of(self.schedule, sampling.num_steps, sampling.spacing)  # refuses what does not fit the schedule
+        self._grid(sampling)  # refuses what does not fit the schedule
         self._require_variance("solver.variance", sampling.solver.needs_learned_variance)
         return sampling
 
@@ -180,6 +173,13 @@ class Diffusion(GenerativeModel):
 
     def networks(self) -> list[nn.Module]:
         return [self.denoiser.network]
+
+    def probe(self, items: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(items, *self.spec.shape, generator=generator).to(self.device)
+        label = torch.full((items,), 500.0, device=self.device)
+        condition = torch.zeros(items, dtype=torch.int64, device=self.device) if self.config.conditional else None
+        self.denoiser.network(x, label, condition)
 
     def loss(self, batch: Batch, draws: Draws) -> LossTerms:
         t, weight = self.times.draw(draws)
@@ -254,16 +254,73 @@ class Diffusion(GenerativeModel):
         self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: OnStep
     ) -> tuple[Tensor, int]:
         assert isinstance(sampling, GaussianSampling)
-        solver, grid = sampling.solver, TimeGrid.of(self.schedule, sampling.num_steps, sampling.spacing)
-        if warning := solver.warning(grid.num_steps, self.schedule.native_steps):
+        grid = self._grid(sampling)
+        x = self.config.noise.sample(draws, self.spec.shape) * self.schedule.prior_std
+        return self._run(x, grid.levels, draws, sampling, self._denoise(sampling, condition), on_step)
+
+    def refine(
+        self,
+        x0: Tensor,
+        t: float,
+        draws: Draws,
+        sampling: GaussianSampling,
+        condition: Tensor | None,
+        on_step: OnStep,
+    ) -> tuple[Tensor, int]:
+        if not 0 < t <= 1:
+            raise UserError(f"t: {t} is not valid: must be above 0 and at most 1")
+        grid = self._grid(sampling)
+        below = [index for index, level in enumerate(grid.levels[:-1]) if level.t <= t + _SAME_TIME]
+        if not below:
+            raise UserError(
+                f"t: {t} lies below all {grid.num_steps} steps of the chain, whose last is at {grid.levels[-2].t:.4g}; "
+                "take a larger t or more steps"
+            )
+        levels = grid.levels[below[0] :]
+        x = noised(x0, self.config.noise.sample(draws, self.spec.shape), levels[0])
+        return self._run(x, levels, draws, sampling, self._denoise(sampling, condition), on_step)
+
+    def outline(
+        self, ratio: float, draws: Draws, sampling: GaussianSampling, condition: Tensor | None, on_step: OnStep
+    ) -> tuple[Tensor, int]:
+        levels = self._grid(sampling).levels[:-1]
+        below = [index for index, level in enumerate(levels) if level.sigma <= ratio * level.alpha * (1 + _SAME_TIME)]
+        if not below:
+            raise UserError(
+                f"sigma / alpha: {ratio:.4g} lies below all {len(levels)} steps of the chain, whose last is at "
+                f"{levels[-1].sigma / levels[-1].alpha:.4g}; take more steps"
+            )
+        levels, denoise = levels[: below[0] + 1], self._denoise(sampling, condition)
+        x = self.config.noise.sample(draws, self.spec.shape) * self.schedule.prior_std
+        x, _ = self._run(x, levels, draws, sampling, denoise, lambda done, of: on_step(done, of + 1))
+        x0 = denoise(x, levels[-1])
+        on_step(len(levels), len(levels))
+        return x0, denoise.calls
+
+    def _grid(self, sampling: GaussianSampling) -> TimeGrid:
+        return TimeGrid.of(self.schedule, sampling.num_steps, sampling.spacing)
+
+    def _denoise(self, sampling: GaussianSampling, condition: Tensor | None) -> Conditioned:
+        return Conditioned(self.denoiser, condition, self.spec.model_range if sampling.clip else None)
+
+    def _run(
+        self,
+        x: Tensor,
+        levels: tuple[Level[float], ...],
+        draws: Draws,
+        sampling: GaussianSampling,
+        denoise: Conditioned,
+        on_step: OnStep,
+    ) -> tuple[Tensor, int]:
+        """Take x from the first of some levels to the last; x there, and the evaluations that it took."""
+        solver, grid = sampling.solver, TimeGrid(levels)
+        if warning := solver.warning(sampling.num_steps, self.schedule.native_steps):
             warnings.warn(warning, stacklevel=2)
-        denoise = Conditioned(self.denoiser, condition, self.spec.model_range if sampling.clip else None)
 
         def noise() -> Tensor:
             return self.config.noise.sample(draws, self.spec.shape)
 
-        x = noise() * self.schedule.prior_std
         for step, state in enumerate(solver.run(denoise, x, grid, noise), 1):
             x = state.x
             on_step(step, grid.num_steps)
-        return x, solver.evaluations(grid.num_steps)
+        return x, denoise.calls

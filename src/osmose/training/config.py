@@ -21,7 +21,7 @@ MethodChoice = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(METHODS.p
 class TrainingConfig(Config):
     """Optimiser, schedule, precision and what is written when."""
 
-    steps: int = Field(3000, ge=1, description="optimisation steps")
+    steps: int = Field(3000, ge=0, description="optimisation steps; 0 for what is fitted in closed form")
     batch_size: int = Field(64, ge=1, description="items per step, over all processes and micro-batches")
     accumulate: int = Field(1, ge=1, description="micro-batches per step; saves memory, changes nothing else")
     lr: float = Field(1e-3, gt=0, description="learning rate after warm-up")

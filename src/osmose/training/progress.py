@@ -19,7 +19,7 @@ class Progress:
     def start(self, step: int, steps: int, batch_size: int) -> None:
         """Say where training starts and how far it goes."""
         self.first, self.steps, self.batch_size, self.began = step, steps, batch_size, time.perf_counter()
-        self.step, self.busy, self.recent = step, 0.0, 0.0
+        self.step, self.busy, self.recent, self.status = step, 0.0, 0.0, ""
 
     def __enter__(self) -> Progress:
         if self.show and sys.stderr.isatty():
@@ -68,8 +68,9 @@ class Progress:
         if "validation_loss" in line:
             elapsed = time.perf_counter() - self.began
             left = elapsed / max(1, self.step - self.first) * (self.steps - self.step)
+            status = f"{self.status}  " if self.status else ""
             self.note(
-                f"step {self.step}/{self.steps}  {self.status}  held-out loss {line['validation_loss']:.4f}  "
+                f"step {self.step}/{self.steps}  {status}held-out loss {line['validation_loss']:.4f}  "
                 f"{_clock(elapsed)} elapsed, {_clock(left)} left"
             )
         if folder is not None:

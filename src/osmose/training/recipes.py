@@ -37,6 +37,7 @@ def recipe(method: str, data: DataConfig, dataset: Dataset, seed: int, changes: 
     cls = METHODS.resolve(method)
     # Complete, so that an override may reach into a part that the recipe does not mention (schedule.num_steps=500).
     values = cls.parse(cls.recipe(dataset.spec, float(sample.square().mean().sqrt()))).to_json()
+    suited = cls.training_recipe(dataset.spec)
     training = {
         name.removeprefix("training."): value for name, value in changes.items() if name.startswith("training.")
     }
@@ -51,7 +52,7 @@ def recipe(method: str, data: DataConfig, dataset: Dataset, seed: int, changes: 
             "data": data.to_json(),
             "spec": dataset.spec.to_json(),
             "identity": dataset.identity.to_json(),
-            "training": override(training_for(dataset, training.get("steps")), training),
+            "training": override(training_for(dataset, training.get("steps")) | suited, training),
             "seed": seed,
         }
     )
@@ -124,7 +125,14 @@ def checked(config: RunConfig) -> RunConfig:
     if config.training.flip and config.spec.kind != "image":
         raise UserError(f"training.flip: true mirrors images, and these data are {config.spec.kind}")
     with torch.random.fork_rng(devices=[]):
-        config.method.build(config.spec)
+        model = config.method.build(config.spec)
+    steps, trains = config.training.steps, any(parameter.requires_grad for parameter in model.parameters())
+    if trains and not steps:
+        raise UserError("training.steps: 0 is not valid: must be at least 1")
+    if steps and not trains:
+        raise UserError(
+            f"training.steps: {steps} is not valid: {config.method.kind} is fitted in closed form, in 0 steps"
+        )
     return config
 
 

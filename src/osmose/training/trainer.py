@@ -67,6 +67,10 @@ class Trainer:
         channels_last = self.config.channels_last
         if channels_last if channels_last is not None else self.device.type == "cuda":
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.checkpoints = Checkpoints(run, self.config.keep_checkpoints)
+        if not self.checkpoints.all():
+            with torch.no_grad():
+                self.model.prepare(self._items())
         self.ema = EMA(self.model, self.config.ema)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -75,7 +79,6 @@ class Trainer:
             weight_decay=self.config.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
-        self.checkpoints = Checkpoints(run, self.config.keep_checkpoints)
         self.window = Window()
         state = self.checkpoints.restore(self.model, self.ema, self.optimizer)
         self.step = int(state["step"])
@@ -85,7 +88,8 @@ class Trainer:
         if self.config.compile:
             for network in self.model.networks():
                 network.compile()
-        self.parallel = self.accelerator.prepare_model(self.model)
+        trains = any(parameter.requires_grad for parameter in self.model.parameters())
+        self.parallel = self.accelerator.prepare_model(self.model) if trains else self.model
         self.order = BatchOrder(len(dataset.train), self.config.batch_size, mix(self.seed, "data"))
         self.progress = progress if progress and self.is_main else Progress(show=False)
 
@@ -109,6 +113,10 @@ class Trainer:
                 self.run.write_weights(self.ema.state_dict())
         self.progress.start(self.step, self.config.steps, self.config.batch_size)
         with stopping_on_signal() as stopped, torch.random.fork_rng(), self.progress:
+            if not self.config.steps and not self.checkpoints.all():  # `prepare` was all there is to do
+                self._log(self.validate())
+                self.preview()
+                self.save()
             while self.step < self.config.steps:
                 started = time.perf_counter()
                 grad_norm = self.optimise(window)
@@ -157,6 +165,11 @@ class Trainer:
         with torch.no_grad(), self.accelerator.autocast():
             self.model.after_step(parts)
         return float(norm)
+
+    def _items(self) -> Iterator[Batch]:
+        """The training part in batches."""
+        for part in torch.arange(len(self.dataset.train)).split(1024):
+            yield self._batch(part, None)
 
     def _batch(self, items: Tensor, draws: StepDraws | None) -> Batch:
         x0 = self.run.config.spec.encode(self.dataset.train[items].to(self.device))

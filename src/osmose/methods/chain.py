@@ -1,0 +1,84 @@
+"""Models that sample by a chain from noise to data, which can be entered and left in the middle."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, SerializeAsAny
+from torch import Tensor
+
+from osmose.gaussian import SOLVERS
+from osmose.gaussian.draws import Draws
+from osmose.gaussian.grid import Spacing
+from osmose.gaussian.schedule import Schedule
+from osmose.gaussian.solvers import DDIM, Solver
+from osmose.methods.base import GenerativeModel, OnStep, SamplingConfig
+
+SolverChoice = Annotated[SerializeAsAny[Solver], BeforeValidator(SOLVERS.parse)]
+
+
+class GaussianSampling(SamplingConfig):
+    """Solver, number of steps and their spacing."""
+
+    num_steps: int = Field(50, ge=1, description="solver steps")
+    solver: SolverChoice = DDIM()
+    spacing: Spacing = "even"
+    clip: bool = Field(True, description="keep the denoised estimate inside the data's range, where there is one")
+
+
+class ChainModel(GenerativeModel):
+    """A model whose samples pass through all noise levels of a schedule.
+
+    Attributes:
+        schedule: the noise schedule.
+    """
+
+    schedule: Schedule
+
+    @abstractmethod
+    def refine(
+        self,
+        x0: Tensor,
+        t: float,
+        draws: Draws,
+        sampling: GaussianSampling,
+        condition: Tensor | None,
+        on_step: OnStep,
+    ) -> tuple[Tensor, int]:
+        """Finish rough samples: noise them to the first level of the chain at or below time t, and go on from there.
+
+        Args:
+            x0: rough samples in the model's units, shape (draws.count, *event).
+            t: process time in (0, 1]; at 1 the whole chain is run.
+            draws: the noise; the first that is drawn is that of the start, as in `generate`.
+            sampling: the steps of the whole chain; those at levels above t are left out.
+            condition: class of each sample, or None.
+            on_step: called after each step with the number done and the number to do.
+
+        Returns:
+            Samples in the model's units, and the network evaluations spent on each.
+
+        Raises:
+            UserError: t outside (0, 1], or below the last level of the chain.
+        """
+
+    @abstractmethod
+    def outline(
+        self, ratio: float, draws: Draws, sampling: GaussianSampling, condition: Tensor | None, on_step: OnStep
+    ) -> tuple[Tensor, int]:
+        """Leave the chain in the middle: E[x0 | x_t] where sigma / alpha has come down to `ratio`.
+
+        Args:
+            ratio: noise-to-signal ratio sigma / alpha, above 0; the first level of the chain at or below it is taken.
+            draws: the noise, as in `generate`.
+            sampling: the steps of the whole chain; those below `ratio` are left out.
+            condition: class of each sample, or None.
+            on_step: called after each step with the number done and the number to do.
+
+        Returns:
+            Estimates in the model's units, and the network evaluations spent on each.
+
+        Raises:
+            UserError: the chain has no level at or below `ratio`.
+        """
