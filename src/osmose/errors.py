@@ -16,6 +16,8 @@ class UserError(Exception):
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the allowed name closest to `name`, or the list of them."""
     names = sorted(allowed)
+    if not names:
+        return "there is nothing here to set"
     match = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if match:
         return f"did you mean {match[0]!r}? (one of {', '.join(names)})"

@@ -27,7 +27,7 @@ class Cost:
     """Cost of a model's networks.
 
     Attributes:
-        parameters: trainable numbers.
+        parameters: learned numbers, fitted ones included.
         macs: multiply-adds of one network evaluation of one item, as computed.
         seconds: wall time of one evaluation of one item within a batch.
     """
@@ -54,8 +54,8 @@ class StepTime:
 
 
 def num_parameters(module: nn.Module) -> int:
-    """Trainable numbers of a module."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    """Learned numbers of a module: those that are trained, and those that were fitted or taken over."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def macs_of(model: GenerativeModel) -> int:
@@ -84,14 +84,16 @@ def cost_of(model: GenerativeModel, batch_size: int = 16, repeats: int = 3) -> C
     return Cost(num_parameters(model), macs_of(model), seconds / items)
 
 
-def seconds_per_step(model: GenerativeModel, training: TrainingConfig, repeats: int = 3) -> StepTime:
-    """Time steps of training on random data, in one process and without compilation.
+def seconds_per_step(model: GenerativeModel, training: TrainingConfig, repeats: int = 3) -> StepTime | None:
+    """Time steps of training on random data, in one process and without compilation; None where nothing is trained.
 
     Args:
         model: left as it is; a copy is trained.
         training: says the batch and how it is cut up, the precision, and the optimiser.
         repeats: the best of so many counts.
     """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return None
     model = copy.deepcopy(model).train()
     device, spec, micro = model.device, model.spec, training.batch_size // training.accumulate
     half = chosen_precision(training.precision) == "bf16"

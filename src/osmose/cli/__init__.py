@@ -12,6 +12,11 @@ COMMANDS = {
         "osmose.cli.likelihood:Likelihood",
         "bits per dimension of real data under a run's model",
     ),
+    "analyze surrogate": (
+        "osmose.cli.hand_over:HandOver",
+        "score against speed for every time at which a surrogate enters a diffusion",
+    ),
+    "surrogate": ("osmose.cli.surrogate:Surrogate", "let a diffusion finish the rough samples of something cheap"),
     "study": ("osmose.cli.study:Study", "run a table or figure of a paper again, and check its claims"),
     "info": ("osmose.cli.info:Info", "describe a run, a network or a data set"),
 }

@@ -105,12 +105,12 @@ class Evaluate:
                 )
             record(run, evaluation)
             values.append(evaluation.to_json())
-            sampling = evaluation.sampling
+            chain = [f"{evaluation.sampling['num_steps']} steps"] if "num_steps" in evaluation.sampling else []
+            cost = [*chain, f"{evaluation.nfe} network evaluations", f"{evaluation.items_per_second:.1f} samples/s"]
             lines.append(
                 table(
                     evaluation.scores,
-                    f"{folder}: {sampling['num_steps']} steps, {evaluation.nfe} network evaluations, "
-                    f"{evaluation.items_per_second:.1f} samples/s, {evaluation.peak_memory_mib:.0f} MiB",
+                    f"{folder}: {', '.join(cost)}, {evaluation.peak_memory_mib:.0f} MiB",
                 )
             )
         lines.append(f"wrote {run.folder / 'evaluation.json'}")
@@ -121,8 +121,8 @@ class Evaluate:
     def _file(self, features: Any, names: list[str] | None) -> Result:
         import torch
 
-        from osmose.cli.arrays import read_samples
         from osmose.data.dataset import DataConfig
+        from osmose.metrics.admission import read_samples
         from osmose.metrics.evaluate import score_samples, table
 
         if self.data is None or self.samples is None:

@@ -158,25 +158,28 @@ def _cost(model: Any, training: Any) -> tuple[dict[str, Any], dict[str, str]]:
     from osmose.analysis.cost import cost_of, seconds_per_step
 
     cost, step = cost_of(model), seconds_per_step(model, training)
+    threads = torch.get_num_threads()
     values = {
         "parameters": cost.parameters,
         "macs": cost.macs,
         "seconds_per_evaluation": cost.seconds,
-        "seconds_per_step": step.seconds,
+        "seconds_per_step": None if step is None else step.seconds,
         "batch_size": training.batch_size,
-        "items_measured": step.items,
-        "precision": step.precision,
-        "threads": torch.get_num_threads(),
+        "items_measured": None if step is None else step.items,
+        "precision": None if step is None else step.precision,
+        "threads": threads,
     }
-    whole = step.items == training.batch_size // training.accumulate
-    measured = f"{step.precision}, measured with {'all' if whole else step.items} of them"
-    threads = f"{values['threads']} thread{'s' if values['threads'] != 1 else ''}"
-    rows = {
-        "parameters": f"{cost.parameters / 1e6:.3f} million ({cost.parameters:,})",
-        "operations": f"{cost.macs / 1e6:.1f} million multiply-adds per network evaluation of one item",
-        "time here": f"{cost.seconds * 1e3:.2f} ms per evaluation of one item; {step.seconds:.2g} s per training step "
-        f"of {training.batch_size} items ({measured}); {threads}",
-    }
+    rows = {"parameters": f"{cost.parameters / 1e6:.3f} million ({cost.parameters:,})"}
+    times = []
+    if model.networks():
+        rows["operations"] = f"{cost.macs / 1e6:.1f} million multiply-adds per network evaluation of one item"
+        times.append(f"{cost.seconds * 1e3:.2f} ms per evaluation of one item")
+    if step is not None:
+        whole = step.items == training.batch_size // training.accumulate
+        measured = f"{step.precision}, measured with {'all' if whole else step.items} of them"
+        times.append(f"{step.seconds:.2g} s per training step of {training.batch_size} items ({measured})")
+    if times:
+        rows["time here"] = "; ".join([*times, f"{threads} thread{'s' if threads != 1 else ''}"])
     return values, rows
 
 

@@ -49,7 +49,7 @@ class Likelihood:
 
         from osmose.analysis.likelihood import likelihood, write_likelihood
         from osmose.cli.devices import device
-        from osmose.training.run import Run
+        from osmose.training.run import Run, data_of
 
         if self.threads:
             torch.set_num_threads(self.threads)
@@ -59,12 +59,7 @@ class Likelihood:
         if out.exists() and not out.is_dir():
             raise UserError(f"--out: {out} is a file; name a folder")
         with quiet_warnings():
-            moved = {"root": str(self.data_root)} if self.data_root else {}
-            dataset = run.config.data.replace(**moved).load()
-        if dataset.identity.sha256 != run.config.identity.sha256:
-            raise UserError(
-                f"data: {run.config.identity.source!r} is not what this run was trained on (its hash differs)"
-            )
+            dataset = data_of(run, self.data_root)
         with sampling_bar(f"scoring {self.model}", not (self.quiet or self.json)) as on_step:
             result = likelihood(
                 model,

@@ -24,6 +24,7 @@ _SAID = {
     "data_root": "data.root",
     "size": "data.size",
     "channels": "data.channels",
+    "downsample": "data.downsample",
     "skip_bad": "data.skip_bad",
     "seed": "seed",
     "steps": "training.steps",
@@ -60,6 +61,7 @@ class Train:
     ] = None
     size: Annotated[int | None, arg(help="side that images of folder: and hub: are brought to")] = None
     channels: Annotated[int | None, arg(help="1 for grey, 3 for colour (folder: and hub:)")] = None
+    downsample: Annotated[int | None, arg(help="average blocks of so many pixels a side; a power of two")] = None
     skip_bad: Annotated[bool, arg(help="leave out images that cannot be read")] = False
     out: Annotated[Path | None, arg(metavar="RUN", help="the run folder to make; required")] = None
     resume: Annotated[bool, arg(help="continue the run in --out with its own settings")] = False
@@ -156,7 +158,7 @@ class Train:
         if self.threads:
             torch.set_num_threads(self.threads)
         trainer = Trainer(run, dataset, progress=Progress(show=not (self.quiet or self.json)))
-        began = trainer.step
+        began = trainer.step if trainer.checkpoints.all() else None
         again = f"osmose train --out {run.folder} --resume"
         try:
             finished = trainer.fit()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
+from torch.nn import functional
 
 from osmose.configuration import Config
 from osmose.data import SOURCES
@@ -135,6 +136,37 @@ class Dataset:
             split=self.split,
         )
 
+    def downsampled(self, factor: int) -> Dataset:
+        """The same images (N, C, H, W), averaged over blocks of `factor` x `factor` pixels: float32, in data units.
+
+        Range, shift and scale stay, so that both resolutions share the model's units; `levels` go, since averages lie
+        between them.
+
+        Raises:
+            UserError: not images, or a side that `factor` does not divide.
+        """
+        if self.spec.kind != "image":
+            form = f"{self.spec.kind} of shape {self.spec.shape}"
+            raise UserError(f"downsample: {factor} is for images; {self.source} has {form}")
+        channels, height, width = self.spec.shape
+        if height % factor or width % factor:
+            most = min(height & -height, width & -width)
+            raise UserError(
+                f"downsample: {factor} does not divide the sides of {self.source}, images of shape {self.spec.shape}; "
+                + (f"use at most {most}" if most > 1 else "they do not halve")
+            )
+
+        def averaged(images: Tensor) -> Tensor:
+            # In chunks: as float32 the whole of 8-bit images would take four times its memory.
+            return torch.cat([functional.avg_pool2d(chunk.to(torch.float32), factor) for chunk in images.split(4096)])
+
+        return replace(
+            self,
+            spec=self.spec.replace(shape=(channels, height // factor, width // factor), levels=None),
+            train=averaged(self.train),
+            held_out=averaged(self.held_out),
+        )
+
     def part(self, name: Literal["train", "held-out"]) -> tuple[Tensor, Tensor | None]:
         """Values and labels of one part."""
         return (self.train, self.train_labels) if name == "train" else (self.held_out, self.held_out_labels)
@@ -152,16 +184,25 @@ class DataConfig(Config):
     root: Path | None = Field(None, exclude=True, description="folder that holds mnist/, fashion-mnist/ or cifar10/")
     size: int | None = Field(None, ge=1, description="side to which images of other sizes are brought (folder, hub)")
     channels: Literal[1, 3] | None = Field(None, description="1 converts images to grey, 3 to colour (folder, hub)")
+    downsample: int | None = Field(None, description="average blocks of so many pixels a side; a power of two")
     held_out: float = Field(0.1, gt=0, lt=1, description="share held out where the data brings no test part")
     split_seed: int = Field(0, ge=0, lt=2**63, description="seed of the random split")
     skip_bad: bool = Field(False, description="leave out files that cannot be read instead of stopping")
     num_points: int = Field(50_000, ge=10, description="how many points a toy law draws, held-out part included")
 
+    @field_validator("downsample")
+    @classmethod
+    def _power_of_two(cls, factor: int | None) -> int | None:
+        if factor is not None and (factor < 2 or factor.bit_count() != 1):
+            raise ValueError("should be a power of two, at least 2")
+        return factor
+
     def load(self) -> Dataset:
         """Read the data.
 
         Raises:
-            UserError: unknown source, missing or unreadable files, values that no model can be trained on.
+            UserError: unknown source, missing or unreadable files, values that no model can be trained on, images that
+                cannot be downsampled as asked.
         """
         name, _, argument = self.source.partition(":")
         loader = SOURCES.resolve(name)
@@ -174,4 +215,4 @@ class DataConfig(Config):
                 if value is not None:
                     raise UserError(f"{option}: {value!r} is for folder: and hub: data; {name!r} has none to change")
         dataset: Dataset = loader(argument, self)
-        return dataset
+        return dataset if self.downsample is None else dataset.downsampled(self.downsample)

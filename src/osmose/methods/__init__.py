@@ -16,6 +16,20 @@ METHODS = Registry(
             "osmose.methods.diffusion:EDMConfig",
             "preconditioned diffusion in continuous noise (Karras et al. 2022)",
         ),
+        "gaussian": ("osmose.methods.gaussian_fit:GaussianConfig", "one Gaussian with the covariance of the data"),
+        "class-means": (
+            "osmose.methods.gaussian_fit:ClassMeansConfig",
+            "a Gaussian for each class, fitted in closed form as well",
+        ),
+        "flow": ("osmose.methods.flow:FlowConfig", "a normalizing flow of coupling splines (Durkan et al. 2019)"),
+        "sngan": (
+            "osmose.methods.sngan:SNGANConfig",
+            "a generator against a critic with spectral norms (Miyato et al. 2018)",
+        ),
+        "vae": (
+            "osmose.methods.vae:VAEConfig",
+            "variational autoencoder with a learned variance (Kingma and Welling 2013)",
+        ),
         "surrogate": ("osmose.methods.surrogate:SurrogateConfig", "a chain that is entered with rough samples"),
     },
 )

@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny
@@ -133,7 +133,14 @@ class MethodConfig(Config, ABC):
 
 
 class GenerativeModel(nn.Module, ABC):
-    """One trained or trainable model: a method, its parts, and the form of its data."""
+    """One trained or trainable model: a method, its parts, and the form of its data.
+
+    Attributes:
+        idle_parameters: whether some steps' losses leave some parameters without gradient, which data parallelism has
+            to be told; the optimiser leaves such parameters as they are.
+    """
+
+    idle_parameters: ClassVar[bool] = False
 
     def __init__(self, config: MethodConfig, spec: DataSpec):
         super().__init__()
@@ -218,7 +225,13 @@ class GenerativeModel(nn.Module, ABC):
         Raises:
             ConfigError: an option that the method does not have, or a value that it refuses.
         """
-        changed: SamplingConfig = self.config.sampling.replace(**{k: v for k, v in options.items() if v is not None})
+        given = {name: value for name, value in options.items() if value is not None}
+        if given and not type(self.config.sampling).model_fields:
+            name, value = next(iter(given.items()))
+            raise UserError(
+                f"{name}: {value!r} given, but {self.config.kind} samples in one go: there is nothing to set"
+            )
+        changed: SamplingConfig = self.config.sampling.replace(**given)
         return changed
 
     def stream(

@@ -11,7 +11,7 @@ from torch import Tensor
 from osmose.gaussian import SOLVERS
 from osmose.gaussian.draws import Draws
 from osmose.gaussian.grid import Spacing
-from osmose.gaussian.schedule import Schedule
+from osmose.gaussian.schedule import Level, Schedule
 from osmose.gaussian.solvers import DDIM, Solver
 from osmose.methods.base import GenerativeModel, OnStep, SamplingConfig
 
@@ -37,6 +37,35 @@ class ChainModel(GenerativeModel):
     schedule: Schedule
 
     @abstractmethod
+    def entry(self, t: float, sampling: GaussianSampling) -> Level[float]:
+        """Where the chain is entered at time t: its first level at or below t.
+
+        Args:
+            t: process time in (0, 1]; of a schedule with T steps a multiple of 1 / T.
+            sampling: the steps of the whole chain.
+
+        Raises:
+            UserError: t outside (0, 1], between two steps of the schedule, or below the last level of the chain.
+        """
+
+    @abstractmethod
+    def recall(
+        self, x0: Tensor, t: float, draws: Draws, sampling: GaussianSampling, condition: Tensor | None
+    ) -> Tensor:
+        """What is left of items that are noised as at time t: E[x0 | x_t], model units, shape of x0.
+
+        Args:
+            x0: items in the model's units, shape (draws.count, *event).
+            t: process time in (0, 1]; the level is that of `entry`.
+            draws: the noise.
+            sampling: the steps of the whole chain, and whether estimates are kept inside the data's range.
+            condition: class of each item, or None.
+
+        Raises:
+            UserError: as `entry`.
+        """
+
+    @abstractmethod
     def refine(
         self,
         x0: Tensor,
@@ -46,7 +75,7 @@ class ChainModel(GenerativeModel):
         condition: Tensor | None,
         on_step: OnStep,
     ) -> tuple[Tensor, int]:
-        """Finish rough samples: noise them to the first level of the chain at or below time t, and go on from there.
+        """Finish rough samples: noise them to the level where the chain is entered at time t, and go on from there.
 
         Args:
             x0: rough samples in the model's units, shape (draws.count, *event).
@@ -60,7 +89,7 @@ class ChainModel(GenerativeModel):
             Samples in the model's units, and the network evaluations spent on each.
 
         Raises:
-            UserError: t outside (0, 1], or below the last level of the chain.
+            UserError: as `entry`.
         """
 
     @abstractmethod
@@ -70,7 +99,8 @@ class ChainModel(GenerativeModel):
         """Leave the chain in the middle: E[x0 | x_t] where sigma / alpha has come down to `ratio`.
 
         Args:
-            ratio: noise-to-signal ratio sigma / alpha, above 0; the first level of the chain at or below it is taken.
+            ratio: noise-to-signal ratio sigma / alpha, above 0; the first level of the chain at or below it is taken,
+                or the last level, from which the chain steps to clean data, where none is.
             draws: the noise, as in `generate`.
             sampling: the steps of the whole chain; those below `ratio` are left out.
             condition: class of each sample, or None.
@@ -78,7 +108,4 @@ class ChainModel(GenerativeModel):
 
         Returns:
             Estimates in the model's units, and the network evaluations spent on each.
-
-        Raises:
-            UserError: the chain has no level at or below `ratio`.
         """

@@ -258,6 +258,30 @@ class Diffusion(ChainModel):
         x = self.config.noise.sample(draws, self.spec.shape) * self.schedule.prior_std
         return self._run(x, grid.levels, draws, sampling, self._denoise(sampling, condition), on_step)
 
+    def entry(self, t: float, sampling: GaussianSampling) -> Level[float]:
+        if not 0 < t <= 1:
+            raise UserError(f"t: {t} is not valid: must be above 0 and at most 1")
+        total = self.schedule.native_steps
+        if total is not None and abs(t * total - round(t * total)) > 1e-6:
+            step = int(t * total)
+            near = " or ".join(f"{k / total:g} (step {k})" for k in (step, step + 1) if k)
+            raise UserError(f"t: {t} is not on the grid of the {total} steps of the schedule; take {near}")
+        levels = self._grid(sampling).levels[:-1]
+        for level in levels:
+            if level.t <= t + _SAME_TIME:
+                return level
+        raise UserError(
+            f"t: {t} lies below all {len(levels)} steps of the chain, whose last is at {levels[-1].t:.4g}; take a "
+            "larger t or more steps"
+        )
+
+    def recall(
+        self, x0: Tensor, t: float, draws: Draws, sampling: GaussianSampling, condition: Tensor | None
+    ) -> Tensor:
+        level = self.entry(t, sampling)
+        x_t = noised(x0, self.config.noise.sample(draws, self.spec.shape), level)
+        return self._denoise(sampling, condition)(x_t, level)
+
     def refine(
         self,
         x0: Tensor,
@@ -267,30 +291,17 @@ class Diffusion(ChainModel):
         condition: Tensor | None,
         on_step: OnStep,
     ) -> tuple[Tensor, int]:
-        if not 0 < t <= 1:
-            raise UserError(f"t: {t} is not valid: must be above 0 and at most 1")
-        grid = self._grid(sampling)
-        below = [index for index, level in enumerate(grid.levels[:-1]) if level.t <= t + _SAME_TIME]
-        if not below:
-            raise UserError(
-                f"t: {t} lies below all {grid.num_steps} steps of the chain, whose last is at {grid.levels[-2].t:.4g}; "
-                "take a larger t or more steps"
-            )
-        levels = grid.levels[below[0] :]
-        x = noised(x0, self.config.noise.sample(draws, self.spec.shape), levels[0])
+        levels, start = self._grid(sampling).levels, self.entry(t, sampling)
+        x = noised(x0, self.config.noise.sample(draws, self.spec.shape), start)
+        levels = levels[levels.index(start) :]
         return self._run(x, levels, draws, sampling, self._denoise(sampling, condition), on_step)
 
     def outline(
         self, ratio: float, draws: Draws, sampling: GaussianSampling, condition: Tensor | None, on_step: OnStep
     ) -> tuple[Tensor, int]:
         levels = self._grid(sampling).levels[:-1]
-        below = [index for index, level in enumerate(levels) if level.sigma <= ratio * level.alpha * (1 + _SAME_TIME)]
-        if not below:
-            raise UserError(
-                f"sigma / alpha: {ratio:.4g} lies below all {len(levels)} steps of the chain, whose last is at "
-                f"{levels[-1].sigma / levels[-1].alpha:.4g}; take more steps"
-            )
-        levels, denoise = levels[: below[0] + 1], self._denoise(sampling, condition)
+        above = sum(level.sigma > ratio * level.alpha * (1 + _SAME_TIME) for level in levels)
+        levels, denoise = levels[: above + 1], self._denoise(sampling, condition)
         x = self.config.noise.sample(draws, self.spec.shape) * self.schedule.prior_std
         x, _ = self._run(x, levels, draws, sampling, denoise, lambda done, of: on_step(done, of + 1))
         x0 = denoise(x, levels[-1])

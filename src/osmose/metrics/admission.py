@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
+
+
+def read_samples(path: Path) -> np.ndarray:
+    """The array `samples` of an .npz, or its only array.
+
+    Raises:
+        UserError: missing, not an .npz, with several arrays of which none is called `samples`, or not of numbers.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = archive.files
+            if "samples" not in names and len(names) != 1:
+                raise UserError(f"{path}: holds {', '.join(names)}; the samples should be called 'samples'")
+            samples = np.asarray(archive["samples" if "samples" in names else names[0]])
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, TypeError, zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
+        raise UserError(f"{path}: not a readable .npz ({error})") from None
+    if samples.dtype.kind not in "uif":
+        raise UserError(f"{path}: the samples have dtype {samples.dtype}; integers or floats are needed")
+    return samples
 
 
 def admit(samples: Tensor, spec: DataSpec) -> Tensor:

@@ -41,7 +41,7 @@ class Row:
         cells: dict[str, Any] = {
             "run": str(self.run.folder),
             "method": self.run.config.method.kind,
-            "steps": e.sampling.get("num_steps"),
+            "steps": e.sampling.get("num_steps", ""),
             "solver": (e.sampling.get("solver") or {}).get("kind", ""),
             "nfe": e.nfe,
             "seconds_per_sample": float(f"{self.seconds_per_sample:.4g}"),

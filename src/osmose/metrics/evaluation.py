@@ -171,9 +171,13 @@ def record(run: Run, evaluation: Evaluation) -> None:
     files.write_json(run.folder / "evaluation.json", {"evaluations": [e.to_json() for e in (*kept, evaluation)]})
 
 
+#: Metrics that sum up data, the best first: FID where it exists, then a classifier's, then plain distances.
+HEADLINES = ("fid", "fd_clf", "fd_inception-unverified", "sw2")
+
+
 def headline(evaluations: Sequence[Evaluation]) -> str:
-    """The metric that best sums up such data: FID where it exists, then a classifier's, then plain distances."""
-    for name in ("fid", "fd_clf", "fd_inception-unverified", "sw2"):
+    """The metric that best sums up such data."""
+    for name in HEADLINES:
         if any(e.score(name) for e in evaluations):
             return name
     return evaluations[0].scores[0].name

@@ -21,6 +21,10 @@ STUDIES = Registry(
             "osmose.studies.objectives:Objectives",
             "importance sampling of t and importance-weighted noises, with controls",
         ),
+        "surrogate": (
+            "osmose.studies.surrogate:SurrogateStudy",
+            "a chain entered in the middle with rough samples: speed against score",
+        ),
         "vlb": ("osmose.studies.vlb:VLB", "the likelihood bound as the loss: gradient noise, bits, samples"),
     },
 )

@@ -7,7 +7,8 @@
     results.json  README.md  *.png  the report
 
 A measurement is written last, in one step, and carries a hash of everything that it depends on: after an interruption
-or a change of the study, what is missing or out of date is exactly what has no measurement with the right hash.
+or a change of the study, what is missing or out of date is exactly what has no measurement with the right hash. What is
+missing may need runs of other cells (`Cell.uses`): these are made first where they are missing too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +89,15 @@ def run_study(
         quick: the short form.
         data_root: folder that holds mnist/, fashion-mnist/ or cifar10/.
         jobs: processes; the results do not depend on their number.
-        only: CELL or CELL/SEED: run this alone, anew if it is there already, and leave the report as it is.
+        only: CELL or CELL/SEED: run this alone, anew if it is there already, and leave the report as it is. What it
+            uses is run first where it is missing.
         device: where to sample; training takes the fastest device there is.
         progress: show a bar on a terminal, lines elsewhere.
 
     Raises:
         UserError: an unknown study or cell, missing data, a folder that is in the way, a configuration that is refused;
             nothing has been written then.
+        ValueError: a study whose cells and claims do not fit each other.
         KeyboardInterrupt: interrupted or terminated; the same call continues.
     """
     study: Study = STUDIES.resolve(name)(quick)
@@ -108,14 +112,15 @@ def run_study(
         files.write_json(folder / "study.json", mark)
     with _alone(folder), _terminating(), Progress(progress) as shown:
         files.sweep(folder)
-        _write_configs(tasks, whole=not only)
         if only:
             for task in tasks:
                 if task.measurement() is not None:
                     shown.note(f"{task.label}: was run before; it is run again from the beginning")
                     _remove(task.run_folder)
                     task.path.unlink()
-        failures = _run(tasks, jobs, shown)
+        missing = _missing(tasks)
+        _write_configs([*tasks, *missing], whole=not only)
+        failures = _run(missing, len({task.label for task in [*tasks, *missing]}), jobs, shown)
     outcome = Outcome(folder, failures=failures)
     if only:
         for task in tasks:
@@ -147,6 +152,17 @@ def _cells(study: Study) -> list[Cell]:
         missing = set(claim.cells) - set(names)
         if missing and not study.quick:
             raise ValueError(f"claim {claim.text!r} names {missing}, which the study does not have")
+    trained = [cell.name for cell in cells if cell.method is not None]
+    for cell in cells:
+        for used in cell.uses:
+            if used not in names:
+                raise ValueError(f"cell {cell.name!r} uses {used!r}, which the study does not have")
+            if used not in trained:
+                raise ValueError(f"cell {cell.name!r} uses {used!r}, which has no run (its method is None)")
+    try:
+        TopologicalSorter({cell.name: cell.uses for cell in cells}).prepare()
+    except CycleError as error:
+        raise ValueError(f"cells {error.args[1]} use each other in a circle") from None
     return cells
 
 
@@ -176,7 +192,7 @@ def _tasks(
     data_root: Path | str | None,
     device: torch.device,
 ) -> list[Task]:
-    """Every cell of every seed, seed by seed; of `only` its own.
+    """Every cell of every seed, seed by seed; of `only` its own. Each holds those that it uses.
 
     Raises:
         UserError: an unknown cell or seed, missing data, a configuration that is refused.
@@ -189,10 +205,12 @@ def _tasks(
         raise UserError(
             f"--only: {seed_text!r} is not a seed of this study; choose one of {', '.join(map(str, seeds))}"
         )
-    tasks, here = [], commit()
-    for cell in cells:
-        if only and cell.name != cell_name:
-            continue
+    here, by_name = commit(), {cell.name: cell for cell in cells}
+
+    @cache
+    def made(which: str) -> dict[int, Task]:
+        """The tasks of the cell of this name, by seed."""
+        cell = by_name[which]
         given = cell.data if isinstance(cell.data, DataConfig) else DataConfig.parse({"source": cell.data})
         data = given.replace(root=data_root)
         dataset = _load(data)
@@ -202,11 +220,16 @@ def _tasks(
                 config = checked(_config(cell, data, dataset, seeds[0]))
             except UserError as error:  # what a configuration calls method.network is network in a cell's changes
                 raise UserError(f"cell {cell.name}: {str(error).removeprefix('method.')}") from None
+        sha256 = dataset.identity.sha256
+        found = {}
         for seed in seeds:
             if seed_text in ("", str(seed)):
                 own = None if config is None else config.replace(seed=seed)
-                sha256 = dataset.identity.sha256
-                tasks.append(Task(name, study.quick, cell, seed, data, sha256, own, folder, device, here))
+                uses = tuple(made(used)[seed] for used in cell.uses)
+                found[seed] = Task(name, study.quick, cell, seed, data, sha256, own, folder, device, here, uses)
+        return found
+
+    tasks = [task for which in ([cell_name] if only else names) for task in made(which).values()]
     return sorted(tasks, key=lambda task: seeds.index(task.seed))
 
 
@@ -214,7 +237,7 @@ def _config(cell: Cell, data: DataConfig, dataset: Dataset, seed: int) -> RunCon
     """The recipe with the cell's changes, in float32 on every machine; what serves people is left to the end."""
     assert cell.method is not None
     config = recipe(cell.method, data, dataset, seed, cell.changes)
-    steps = config.training.steps
+    steps = max(1, config.training.steps)
     quiet = {
         "training.validate_every": steps,
         "training.preview_every": steps,
@@ -243,17 +266,34 @@ def _write_configs(tasks: list[Task], whole: bool) -> None:
             path.unlink()
 
 
-def _run(tasks: list[Task], jobs: int, shown: Progress) -> list[str]:
-    """Do the tasks that have no measurement; what failed, one line each."""
-    missing = [task for task in tasks if task.measurement() is None]
+def _missing(tasks: list[Task]) -> list[Task]:
+    """Those that have no measurement, each after what it uses, as far as that has no measurement or no run any more."""
+    found: dict[str, Task] = {}
+
+    def add(task: Task) -> None:
+        for used in task.uses:
+            if used.measurement() is None or not used.run_folder.exists():
+                add(used)
+        found.setdefault(task.label, task)
+
+    for task in tasks:
+        if task.measurement() is None:
+            add(task)
+    return list(found.values())
+
+
+def _run(missing: list[Task], total: int, jobs: int, shown: Progress) -> list[str]:
+    """Do the missing ones among all the tasks there are; what failed, one line each."""
     for task in missing:
         if task.config is not None and task.has_other_run():
             shown.note(f"{task.label}: its configuration has changed; the run that is there is removed and made again")
         elif task.path.is_file():
             shown.note(f"{task.label}: what is measured has changed; it is measured again")
-    shown.start(len(tasks), len(tasks) - len(missing))
+    place = {task.label: index for index, task in enumerate(missing)}
+    after = [[place[used.label] for used in task.uses if used.label in place] for task in missing]
+    shown.start(total, total - len(missing))
     failures = []
-    with contextlib.closing(run_all(do, missing, jobs)) as ended:
+    with contextlib.closing(run_all(do, missing, jobs, after)) as ended:
         for done in ended:
             label = missing[done.index].label
             if done.error is not None:
@@ -266,9 +306,14 @@ def do(task: Task) -> None:
     """Train, or go on training, and measure; the measurement is the last thing written.
 
     Raises:
+        UserError: a task that it uses has failed.
         KeyboardInterrupt: a signal asked to stop; the run's state is saved.
         Exception: whatever training and measuring raise.
     """
+    for used in task.uses:
+        if used.measurement() is None:
+            raise UserError(f"it uses {used.label}, which has failed")
+    task.path.unlink(missing_ok=True)  # where a measurement is, the run that it was made with is whole
     study: Study = STUDIES.resolve(task.study)(task.quick)
     dataset = _load(task.data)
     run, from_step = None, 0
@@ -280,7 +325,8 @@ def do(task: Task) -> None:
         training, began = _since(began), _clock()
         with torch.random.fork_rng():
             torch.manual_seed(mix(task.seed, "measure"))  # nothing that ran before in this process may show
-            rows = study.measure(Trained(task.cell, task.seed, dataset, task.device, run))
+            used_runs = {used.cell.name: Run.open(used.run_folder) for used in task.uses}
+            rows = study.measure(Trained(task.cell, task.seed, dataset, task.device, run, used_runs))
     labels = [dict(row.labels) for row in rows]
     if any(label in labels[:index] for index, label in enumerate(labels)):
         raise ValueError(f"two rows have the labels {labels}; labels have to tell the rows of a cell apart")

@@ -37,6 +37,8 @@ class Cell:
         settings: plain values that `measure` reads (`{"num_samples": 800}`). They belong to the cell's identity: when
             one changes, the cell is measured again, and not trained again.
         note: what the cell is there for, in words.
+        uses: names of cells of the same study whose runs of the same seed `measure` needs (`Trained.of`). They are
+            trained and measured first; when what is trained of them changes, the cell is measured again.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Cell:
     changes: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    uses: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.name):
@@ -74,6 +77,7 @@ class Trained:
         dataset: the real data.
         device: where to sample.
         trained_run: the run folder, or None where nothing was trained.
+        used_runs: the run folder of each cell that the cell uses, by name.
     """
 
     cell: Cell
@@ -81,6 +85,7 @@ class Trained:
     dataset: Dataset
     device: torch.device
     trained_run: Run | None
+    used_runs: Mapping[str, Run] = field(default_factory=dict)
 
     @property
     def run(self) -> Run:
@@ -92,6 +97,17 @@ class Trained:
         if self.trained_run is None:
             raise LookupError(f"cell {self.cell.name!r} trains nothing (its method is None): it has no run")
         return self.trained_run
+
+    def of(self, name: str) -> Run:
+        """The finished run, of the same seed, of a cell that this one uses; to be read only, others may be reading it.
+
+        Raises:
+            LookupError: the cell does not say that it uses it.
+        """
+        if name not in self.used_runs:
+            known = ", ".join(self.used_runs) or "none"
+            raise LookupError(f"cell {self.cell.name!r} does not use {name!r}; in its `uses` are {known}")
+        return self.used_runs[name]
 
     @cached_property
     def model(self) -> GenerativeModel:

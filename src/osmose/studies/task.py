@@ -18,7 +18,7 @@ from osmose.training.config import RunConfig
 
 @dataclass(frozen=True)
 class Task:
-    """One cell and seed, with all that a process of its own needs to do it."""
+    """One cell and seed, with all that a process of its own needs to do it; `uses` are those whose runs it measures."""
 
     study: str
     quick: bool
@@ -30,6 +30,7 @@ class Task:
     folder: Path
     device: torch.device
     commit: str | None
+    uses: tuple[Task, ...] = ()
 
     @property
     def label(self) -> str:
@@ -62,6 +63,8 @@ class Task:
     def hash(self) -> str:
         """SHA-256 of all that its measurement depends on."""
         content = {"trained": self.description(), "settings": dict(self.cell.settings)}
+        if self.uses:
+            content["uses"] = {used.cell.name: used.description() for used in self.uses}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def measurement(self) -> dict[str, Any] | None:

@@ -7,8 +7,7 @@ import signal
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
@@ -30,7 +29,9 @@ class Done:
     seconds: float
 
 
-def run_all(function: Callable[[T], None], tasks: Sequence[T], jobs: int) -> Generator[Done]:
+def run_all(
+    function: Callable[[T], None], tasks: Sequence[T], jobs: int, after: Sequence[Collection[int]] | None = None
+) -> Generator[Done]:
     """Call `function` on every task and tell of each as it ends; one that raises does not stop the others.
 
     With one job the work is done in this process. With more, `function` and the tasks are sent to fresh processes, so
@@ -39,11 +40,12 @@ def run_all(function: Callable[[T], None], tasks: Sequence[T], jobs: int) -> Gen
 
     Args:
         function: returns nothing: it leaves files.
-        tasks: in the order in which they are begun.
+        tasks: in the order in which they are begun, as far as `after` lets them.
         jobs: processes, at least 1.
+        after: for each task the places of earlier ones that have to be over, well or not, before it begins.
     """
     jobs = min(jobs, len(tasks))
-    return _in_processes(function, tasks, jobs) if jobs > 1 else _here(function, tasks)
+    return _in_processes(function, tasks, jobs, after or [()] * len(tasks)) if jobs > 1 else _here(function, tasks)
 
 
 def _here(function: Callable[[T], None], tasks: Sequence[T]) -> Generator[Done]:
@@ -57,40 +59,48 @@ def _here(function: Callable[[T], None], tasks: Sequence[T]) -> Generator[Done]:
         torch.set_num_threads(threads)
 
 
-def _in_processes(function: Callable[[T], None], tasks: Sequence[T], jobs: int) -> Generator[Done]:
+def _in_processes(
+    function: Callable[[T], None], tasks: Sequence[T], jobs: int, after: Sequence[Collection[int]]
+) -> Generator[Done]:
     context = get_context("spawn")  # torch has threads, which a fork would leave locked
-    waiting = deque(enumerate(tasks))
+    waiting = list(range(len(tasks)))
+    over: set[int] = set()
     staff: dict[Any, Any] = {}
     busy: dict[Any, tuple[int, float]] = {}
 
-    def give(line: Any) -> None:
-        index, task = waiting.popleft()
-        line.send(task)
-        busy[line] = index, time.perf_counter()
-
-    def hire() -> None:
+    def hire() -> Any:
         line, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(function, theirs), daemon=True)
         process.start()
         theirs.close()
         staff[line] = process
-        give(line)
+        return line
+
+    def begin() -> None:
+        """Give out the tasks that can begin, as far as there are processes."""
+        free = [line for line in staff if line not in busy]
+        ready = [index for index in waiting if over.issuperset(after[index])]
+        for index in ready[: jobs - len(busy)]:
+            line = free.pop() if free else hire()
+            busy[line] = index, time.perf_counter()
+            waiting.remove(index)
+            line.send(tasks[index])
 
     try:
-        for _ in range(jobs):
-            hire()
+        begin()
         while busy:
-            ready: list[Any] = connection.wait(list(busy))
+            ready: list[Any] = connection.wait(list(staff))
             for line in ready:
-                index, began = busy.pop(line)
                 try:
                     error = line.recv()
                 except (EOFError, ConnectionError):
                     error = "its process was killed (by lack of memory? try fewer --jobs)"
                     staff.pop(line).join()
-                yield Done(index, error, time.perf_counter() - began)
-                if waiting:
-                    give(line) if line in staff else hire()
+                if line in busy:  # otherwise it was killed with nothing to do
+                    index, began = busy.pop(line)
+                    over.add(index)
+                    yield Done(index, error, time.perf_counter() - began)
+            begin()
     finally:
         for line, process in staff.items():
             line.close()

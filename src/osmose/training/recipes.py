@@ -52,7 +52,7 @@ def recipe(method: str, data: DataConfig, dataset: Dataset, seed: int, changes: 
             "data": data.to_json(),
             "spec": dataset.spec.to_json(),
             "identity": dataset.identity.to_json(),
-            "training": override(training_for(dataset, training.get("steps")) | suited, training),
+            "training": override(training_for(dataset, training.get("steps", suited.get("steps"))) | suited, training),
             "seed": seed,
         }
     )

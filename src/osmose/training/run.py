@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from osmose.configuration import ConfigError
+from osmose.data.dataset import Dataset
 from osmose.errors import UserError
 from osmose.methods.base import GenerativeModel
 from osmose.training import files
@@ -135,6 +136,23 @@ def require_free(folder: Path) -> None:
     """
     if is_first_process() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out: {folder} exists already; choose another folder, or --resume to continue a run")
+
+
+def data_of(run: Run, root: Path | None = None) -> Dataset:
+    """The data that a run was trained on.
+
+    Args:
+        run: the run.
+        root: where the data lie, if not where the run found them.
+
+    Raises:
+        UserError: missing data, or other data in their place.
+    """
+    data = run.config.data.replace(root=str(root)) if root is not None else run.config.data
+    dataset: Dataset = data.load()
+    if dataset.identity.sha256 != run.config.identity.sha256:
+        raise UserError(f"data: {run.config.identity.source!r} is not what this run was trained on (its hash differs)")
+    return dataset
 
 
 def load(folder: Path | str, device: torch.device | str = "cpu") -> GenerativeModel:

@@ -47,23 +47,27 @@ class Trainer:
     def __init__(self, run: Run, dataset: Dataset, *, progress: Progress | None = None):
         from accelerate import Accelerator  # half a second to import: only where training happens
         from accelerate.state import AcceleratorState
+        from accelerate.utils import DistributedDataParallelKwargs
 
         self.run, self.dataset, self.config, self.seed = run, dataset, run.config.training, run.config.seed
         if dataset.identity.sha256 != run.config.identity.sha256:
             raise UserError(f"data: {dataset.source!r} is not the data this run was made with (its hash differs)")
         AcceleratorState._reset_state()  # accelerate keeps the precision of the first run in a process for all others
+        torch.manual_seed(mix(self.seed, "weights"))
+        model: GenerativeModel = run.config.method.build(run.config.spec)
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         # Without the word `cpu` accelerate would take processes that have no GPU for lonely ones.
         self.accelerator = Accelerator(
-            mixed_precision=chosen_precision(self.config.precision), cpu=several and not torch.cuda.is_available()
+            mixed_precision=chosen_precision(self.config.precision),
+            cpu=several and not torch.cuda.is_available(),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=model.idle_parameters)],
         )
         self.device, world = self.accelerator.device, self.accelerator.num_processes
         self.config.require(world)
         self.micro = self.config.batch_size // self.config.accumulate
         self.share = self.micro // world
 
-        torch.manual_seed(mix(self.seed, "weights"))
-        self.model: GenerativeModel = run.config.method.build(run.config.spec).to(self.device)
+        self.model = model.to(self.device)
         channels_last = self.config.channels_last
         if channels_last if channels_last is not None else self.device.type == "cuda":
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -167,9 +171,10 @@ class Trainer:
         return float(norm)
 
     def _items(self) -> Iterator[Batch]:
-        """The training part in batches."""
+        """The training part in batches, with its classes where there are any."""
+        labels = self.dataset.train_labels
         for part in torch.arange(len(self.dataset.train)).split(1024):
-            yield self._batch(part, None)
+            yield Batch(self._batch(part, None).x0, None if labels is None else labels[part].to(self.device))
 
     def _batch(self, items: Tensor, draws: StepDraws | None) -> Batch:
         x0 = self.run.config.spec.encode(self.dataset.train[items].to(self.device))
