@@ -55,7 +55,7 @@ def test_a_pair_is_a_run_like_any_other(runs, tmp_path):
     made = pair(runs / "ddpm", runs / "gaussian", tmp_path / "pair", t_mid=0.3)
     chain, config = Run.open(runs / "ddpm"), made.config
     assert (config.data, config.spec, config.identity) == (chain.config.data, chain.config.spec, chain.config.identity)
-    assert (config.parent.folder, config.parent.sha256) == (str(runs / "ddpm"), chain.hash())
+    assert (config.parent.folder, config.parent.sha256) == ("ddpm", chain.hash())
     assert config.method.generator.sha256 == Run.open(runs / "gaussian").hash()
     assert config.method.chain == chain.config.method
     assert config.method.sampling.t_mid == 0.3
@@ -212,7 +212,7 @@ def test_a_sweep_and_its_files(runs, digits, tmp_path):
     assert [path.name for path in paths] == ["surrogate.json", "surrogate.png", "beside.png"]
     stored = json.loads(paths[0].read_text())
     assert stored["points"][1]["scores"] == result.points[1].scores
-    assert stored["conditions"]["with"] == str(runs / "gaussian")
+    assert (stored["conditions"]["run"], stored["conditions"]["with"]) == ("ddpm", "gaussian")
     rough, finished = result.pictures
     shown = result.chosen or 1.0
     assert torch.equal(finished, both.model.sample(32, t_mid=shown).data)

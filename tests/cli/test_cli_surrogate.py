@@ -23,7 +23,7 @@ def test_two_runs_become_one_that_does_everything(osmose, gaussian):
     answer = osmose("surrogate", "digits", "--with", gaussian, "--t-mid", 0.5, "--out", "pair", "--steps", 4)
     assert (answer.status, answer.err) == (0, "")
     assert answer.out.splitlines() == [
-        f"wrote pair: samples of {gaussian} enter the chain of digits at t = 0.334 (step 334 of 1000), where "
+        "wrote pair: samples of gaussian enter the chain of digits at t = 0.334 (step 334 of 1000), where "
         "sigma / alpha is 1.46",
         "next: osmose compare digits pair --out comparison",
     ]

@@ -256,7 +256,7 @@ def sweep(
     conditions = {
         "seed": seed,
         "sampling": pair.config.method.sampling.to_json(),
-        "run": str(pair.run.folder),
+        "run": pair.name,
         "with": pair.model.config.generator.origin,
         "device": str(pair.model.device),
         "threads": torch.get_num_threads(),

@@ -30,6 +30,7 @@ class Pair:
             said is as in `run`.
 
     Attributes:
+        name: of the diffusion's folder.
         config: of the run that `write` makes.
         model: the pair, with its weights, in evaluation mode.
 
@@ -40,6 +41,7 @@ class Pair:
 
     def __init__(self, run: Run | Path | str, partner: Path | str, **sampling: Any):
         self.run = run if isinstance(run, Run) else Run.open(run)
+        self.name = self.run.folder.resolve().name
         partner = Path(partner)
         weights = {f"chain.{name}": value for name, value in _weights(self.run).items()}
         if partner.suffix == ".npz":
@@ -70,7 +72,7 @@ class Pair:
         )
         said = {f"sampling.{name}": value for name, value in sampling.items() if value is not None}
         method = method.replace(**said)
-        parent = Parent(folder=str(self.run.folder), sha256=self.run.hash())
+        parent = Parent(folder=self.name, sha256=self.run.hash())
         changed: RunConfig = config.model_copy(update={"method": method, "parent": parent})
         return changed
 
@@ -122,7 +124,7 @@ def _source(run: Run, other: Run) -> Source:
         UserError: data, shape or range differ; both are named.
     """
     ours, theirs = run.config, other.config
-    origin = {"origin": str(other.folder), "sha256": other.hash()}
+    origin = {"origin": other.folder.resolve().name, "sha256": other.hash()}
     if theirs.method.kind == "surrogate" and theirs.spec != ours.spec:
         raise UserError(f"--with: {other.folder} has no chain of its own to hand over from a lower resolution")
     if theirs.identity.sha256 == ours.identity.sha256:

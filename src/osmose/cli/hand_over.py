@@ -69,7 +69,7 @@ class HandOver:
             )
         paths = write_sweep(result, pair, out)
         scores = list(result.points[0].scores)
-        table = Table(title=f"{pair.run.folder} with {pair.model.config.generator.origin}, n = {result.n}")
+        table = Table(title=f"{pair.name} with {pair.model.config.generator.origin}, n = {result.n}")
         for name in ("t_mid", "evaluations", "samples/s", "faster", *scores, "at t_mid", "real data there"):
             table.add_column(name, justify="right")
         alone, there = result.points[-1], {one.t_mid: one for one in result.hand_overs}

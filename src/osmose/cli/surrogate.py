@@ -150,6 +150,6 @@ def described(pair: Pair, t: float) -> str:
     total = chain.schedule.native_steps
     place = f" (step {round(level.t * total)} of {total})" if total else ""
     return (
-        f"samples of {generator.origin} enter the chain of {pair.run.folder} at t = {level.t:.4g}{place}, where "
+        f"samples of {generator.origin} enter the chain of {pair.name} at t = {level.t:.4g}{place}, where "
         f"sigma / alpha is {level.sigma / level.alpha if level.alpha else float('inf'):.3g}"
     )

@@ -34,7 +34,7 @@ class Source(Config, ABC):
     """Where rough samples come from.
 
     Attributes:
-        origin: run folder or file, for people.
+        origin: name of the run folder or file, for people.
         sha256: of its weights or samples.
     """
 

@@ -111,7 +111,8 @@ def _cell(cell: Cell, measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "name": cell.name,
         "note": cell.note,
         "method": cell.method,
-        "data": cell.data if isinstance(cell.data, str) else cell.data.source,
+        "data": _data(cell),
+        "uses": list(cell.uses),
         "changes": dict(cell.changes),
         "settings": dict(cell.settings),
         "config": f"configs/{cell.name}.json",
@@ -119,6 +120,13 @@ def _cell(cell: Cell, measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             part: round(sum(m[part]["cpu_seconds"] for m in measured), 1) for part in ("training", "measuring")
         },
     }
+
+
+def _data(cell: Cell) -> str:
+    if isinstance(cell.data, str):
+        return cell.data
+    small = f", downsample={cell.data.downsample}" if cell.data.downsample else ""
+    return f"{cell.data.source}{small}"
 
 
 def _source(cell: Cell) -> str:
@@ -207,9 +215,10 @@ def _described(cell: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, 
     """A cell as a row of a table; nested settings are left to results.json."""
     own = {name: value for name, value in cell["changes"].items() if name not in shared}
     settings = {name: value for name, value in cell["settings"].items() if not isinstance(value, dict | list | tuple)}
+    trained = f"{cell['method']} on {cell['data']}" if cell["method"] else f"nothing ({cell['data']})"
     return {
         "configuration": f"[{cell['name']}]({cell['config']})",
-        "trained": f"{cell['method']} on {cell['data']}" if cell["method"] else f"nothing ({cell['data']})",
+        "trained": trained + "".join(f"; uses {name}" for name in cell["uses"]),
         "instead of the recipe": _listed(own),
         "measured with": _listed(settings),
         "note": cell["note"],

@@ -78,7 +78,7 @@ class TrainingConfig(Config):
 class Parent(Config):
     """The run that another was made from."""
 
-    folder: str
+    folder: str = Field(description="its name, without private folders")
     sha256: str = Field(description="of the parent's model.safetensors")
 
 
