@@ -72,7 +72,7 @@ def test_what_is_said_of_sampling_replaces_the_run_s(runs):
     sampling = Pair(
         runs / "ddpm", runs / "gaussian", num_steps=20, solver="dpmpp-2m", clip=False
     ).config.method.sampling
-    assert (sampling.num_steps, sampling.solver.kind, sampling.clip, sampling.t_mid) == (20, "dpmpp-2m", False, 0.5)
+    assert (sampling.num_steps, sampling.solver.kind, sampling.clip, sampling.t_mid) == (20, "dpmpp-2m", False, 1.0)
 
 
 def test_a_chain_in_continuous_time_and_a_pair_as_a_surrogate(runs, tmp_path):
@@ -96,7 +96,7 @@ def test_stored_samples(runs, tmp_path):
         known = {tuple(row.ravel()) for row in archive["samples"].astype(np.float64)}
     drawn = model.sample(50).data
     assert {tuple(row.flatten().tolist()) for row in drawn} <= known
-    with pytest.raises(UserError, match="901 is more than the 900 samples"):
+    with pytest.raises(UserError, match="901 is more than the 900 different samples"):
         model.sample(901)
 
 
@@ -125,7 +125,7 @@ def test_stored_samples(runs, tmp_path):
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_written(runs, tmp_path, run, partner, options, message):
     with pytest.raises(UserError, match=message):
-        pair(runs / run, runs / partner, tmp_path / "pair", **options)
+        pair(runs / run, runs / partner, tmp_path / "pair", **{"t_mid": 0.5, **options})
     assert not any(tmp_path.iterdir())
 
 
@@ -133,10 +133,10 @@ def test_a_folder_that_is_taken_is_refused(runs, tmp_path):
     (tmp_path / "pair").mkdir()
     (tmp_path / "pair" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="exists already; choose another folder"):
-        pair(runs / "ddpm", runs / "gaussian", tmp_path / "pair")
+        pair(runs / "ddpm", runs / "gaussian", tmp_path / "pair", t_mid=0.5)
     assert (tmp_path / "pair" / "notes.txt").read_text() == "mine"
     (tmp_path / "free").mkdir()
-    assert pair(runs / "ddpm", runs / "gaussian", tmp_path / "free").weights.is_file()
+    assert pair(runs / "ddpm", runs / "gaussian", tmp_path / "free", t_mid=0.5).weights.is_file()
 
 
 def test_half_a_run_folder_is_never_seen(runs, tmp_path, monkeypatch):
@@ -145,7 +145,7 @@ def test_half_a_run_folder_is_never_seen(runs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "write_tensors", full)
     with pytest.raises(UserError, match="no space left"):
-        pair(runs / "ddpm", runs / "gaussian", tmp_path / "pair")
+        pair(runs / "ddpm", runs / "gaussian", tmp_path / "pair", t_mid=0.5)
     assert not any(tmp_path.iterdir())
 
 

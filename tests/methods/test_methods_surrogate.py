@@ -234,7 +234,7 @@ def test_a_stored_sample_is_used_once():
     found = {tuple(row.flatten().tolist()) for row in drawn}
     assert found == {tuple(row.flatten().tolist()) for row in model.spec.decode(model.generator.samples)}
     assert not torch.equal(model.sample(40, seed=5).data, drawn)
-    with pytest.raises(UserError, match="num_samples: 41 is more than the 40 samples that the surrogate holds"):
+    with pytest.raises(UserError, match="num_samples: 41 is more than the 40 different samples that there are"):
         model.sample(41)
 
 
@@ -254,7 +254,24 @@ def test_a_small_chain_is_left_at_the_matching_level(t):
     wanted = ratio(round(1000 * t)) / 2
     assert seen[0] == 1000
     assert seen == list(range(1000, seen[-1] - 1, -1))
-    assert ratio(seen[-1]) <= wanted < ratio(seen[-1] + 1)
+    assert abs(seen[-1] - 1000 * float(schedule.time_of(-2 * math.log(wanted)))) <= 0.5
+    assert ratio(seen[-1]) == pytest.approx(wanted, rel=0.01)
+
+
+@pytest.mark.parametrize("num_steps", [5, 50])
+def test_few_steps_of_a_small_chain_end_at_the_matching_level_too(num_steps):
+    sizes = {"num_steps": num_steps, "t_mid": 0.5}
+    model = pair(generator=small(LinearSchedule()), chain=DDPMConfig(network=TINY), **sizes)
+    sampling, seen = model.sampling(), []
+    network = model.generator.model.denoiser.network
+    network.register_forward_pre_hook(lambda _, given: seen.append(int(given[1][0]) + 1))
+    level = model.chain.entry(0.5, sampling)
+    left = model.generator.left_at(level, sampling)
+    _, nfe = model.rough(SampleDraws(0, 0, 2), sampling, None, quiet)
+    assert left.sigma / left.alpha == pytest.approx(level.sigma / level.alpha / 2, rel=0.01)
+    grid = [round(1000 * one.t) for one in TimeGrid.of(LinearSchedule(), num_steps).levels[:-1]]
+    assert seen == [*(step for step in grid if step > round(1000 * left.t)), round(1000 * left.t)]
+    assert nfe == len(seen)
 
 
 def test_a_small_chain_without_so_quiet_a_level_is_left_at_its_last():

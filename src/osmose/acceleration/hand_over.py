@@ -3,7 +3,8 @@
 At the level where the chain is entered at t, rough samples and real items are noised and shown to the diffusion's
 denoiser; E[x0 | x_t] of both are compared by the metric that scores samples. What the denoiser cannot tell apart it
 finishes alike, so the distance falls to that between two sets of real items, treated alike, which is known too: the
-floor. `threshold` times the floor is where the surrogate's faults no longer count.
+floor. `threshold` times the floor is where the surrogate's faults no longer count. Both are means over several splits
+of the real items, each with noise of its own: a single one is luck by a factor of two.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ from torch import Tensor
 from osmose.acceleration.surrogate import Pair
 from osmose.data.dataset import Dataset
 from osmose.data.pictures import has_picture, image_grid
-from osmose.errors import UserError
+from osmose.errors import UserError, nearest
 from osmose.gaussian.draws import SampleDraws, mix, seeded
 from osmose.methods.base import OnStep
 from osmose.methods.surrogate import Surrogate, SurrogateSampling
@@ -35,6 +37,8 @@ from osmose.training import files
 TIMES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 #: Distance, in floors, up to which a surrogate passes for data.
 THRESHOLD = 2.0
+#: Splits of the real items, each with noise of its own.
+REPEATS = 4
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,7 @@ class Sweep:
 
 def metric_for(dataset: Dataset) -> str:
     """The score that sums up such data without weights from elsewhere."""
-    names = set(metric_names(dataset.spec, default_features(dataset.source, dataset.spec)).values())
-    return next(name for name in HEADLINES if name in names)
+    return next(name for name in HEADLINES if name in _metrics(dataset))
 
 
 def times_for(pair: Pair, times: Sequence[float] | None = None) -> list[float]:
@@ -126,14 +129,13 @@ def times_for(pair: Pair, times: Sequence[float] | None = None) -> list[float]:
         for t in times:
             model.sampling(t_mid=t)
         return sorted(set(times))
-    total = model.chain.schedule.native_steps
-    near = sorted({round(t * total) / total for t in TIMES} if total else set(TIMES))
-    found = []
-    for t in near:
+    total, sampling = model.chain.schedule.native_steps, model.sampling()
+    assert isinstance(sampling, SurrogateSampling)
+    found: dict[float, float] = {}  # one time for each level of a chain of few steps
+    for t in sorted({max(1, round(t * total)) / total for t in TIMES} if total else TIMES):
         with contextlib.suppress(UserError):  # below the last of few steps
-            model.sampling(t_mid=t)
-            found.append(t)
-    return found
+            found.setdefault(model.chain.entry(t, sampling).t, t)
+    return list(found.values())
 
 
 def hand_overs(
@@ -152,7 +154,8 @@ def hand_overs(
         pair: the diffusion and the surrogate.
         dataset: the data both were trained on.
         times: above 0, at most 1.
-        n: rough samples, and real items in each of the two sets that they are compared with; the floor falls with it.
+        n: rough samples, and real items in each of the two sets that they are compared with; at least 4. The floor
+            falls with it.
         seed: of the samples, of the choice of real items and of all noise.
         batch_size: items computed together.
         on_step: called after each time with the number done and the number of all.
@@ -161,26 +164,35 @@ def hand_overs(
         UserError: too few items, a time that the chain does not have.
     """
     model, spec, metric = pair.model, dataset.spec, metric_for(dataset)
+    if n < 4:
+        raise UserError(f"n: {n} is not valid: must be at least 4")
+    if model.generator.most is not None and n > model.generator.most:
+        raise UserError(f"n: {n} is not valid: the surrogate has only {model.generator.most} different samples")
     chosen = torch.randperm(len(dataset.train), generator=seeded(seed, "hand-over"))[: 2 * n]
     if len(chosen) < 2 * n:
         raise UserError(f"n: {n} is not valid: twice as many real items are needed, and there are {len(chosen)}")
     labels = dataset.train_labels[chosen] if model.config.conditional and dataset.train_labels is not None else None
-    real, classes = spec.encode(dataset.train[chosen]), _classes(model, n)
+    real, classes = spec.encode(dataset.train[chosen]), model.classes_for(n)
+    plain = spec.replace(levels=None)  # an estimate lies between the levels
     found: list[HandOver] = []
     rough: Tensor | None = None
     for index, t in enumerate(times):
         if rough is None or model.generator.follows:
             rough = _rough(model, t, n, seed, batch_size)
-        seen = [
-            spec.decode(_recalled(model, x0, t, mix(seed, name), kinds, batch_size))
-            for name, x0, kinds in (("rough", rough, classes), ("real", real, labels))
-        ]
-        known = dataclasses.replace(
-            dataset, train=seen[1], held_out=seen[1][:1], train_labels=None, held_out_labels=None
-        )
-        (score,) = score_samples(seen[0], known, metrics=[metric], seed=seed)
-        assert score.floor is not None
-        found.append(HandOver(t, score.value, score.floor))
+        distances, floors = [], []
+        for repeat in range(REPEATS):
+            seen = [
+                plain.decode(_recalled(model, x0, t, mix(seed, name, repeat), kinds, batch_size))
+                for name, x0, kinds in (("rough", rough, classes), ("real", real, labels))
+            ]
+            known = dataclasses.replace(
+                dataset, spec=plain, train=seen[1], held_out=seen[1][:1], train_labels=None, held_out_labels=None
+            )
+            (score,) = score_samples(seen[0], known, metrics=[metric], seed=mix(seed, repeat))
+            assert score.floor is not None
+            distances.append(score.value)
+            floors.append(score.floor)
+        found.append(HandOver(t, statistics.fmean(distances), statistics.fmean(floors)))
         if on_step is not None:
             on_step(index + 1, len(times))
     return found
@@ -226,6 +238,9 @@ def sweep(
     if not entered:
         raise UserError("times: none given above 0")
     names = list(metrics) if metrics is not None else [metric]
+    for name in names:
+        if name not in _metrics(dataset):
+            raise UserError(f"metrics: unknown metric {name!r}; {nearest(name, _metrics(dataset))}")
     places: list[float | None] = [0.0, *entered, None]
 
     def done(count: int) -> None:
@@ -240,14 +255,13 @@ def sweep(
     kept: dict[float, Tensor] = {}
     for index, t in enumerate(places):
         if t is None:
-            own = {name: value for name, value in pair.config.method.sampling.to_json().items() if name != "t_mid"}
-            samples = pair.model.chain.sample(n, seed=seed, **own)
+            samples = pair.model.chain.sample(n, seed=seed, **pair.model.config.sampling.of_chain())
         else:
             samples = pair.model.sample(n, seed=seed, t_mid=t)
         scores = score_samples(samples.data, dataset, metrics=names, seed=seed)
         floors |= {score.name: score.floor for score in scores if score.floor is not None}
         values = {score.name: score.value for score in scores}
-        points.append(Point(t, samples.nfe, round(samples.seconds, 4), values))
+        points.append(Point(t, samples.nfe, samples.seconds, values))
         if t is not None:
             kept[t] = samples.data[:32]
         done(index + 2)
@@ -320,9 +334,9 @@ def beside(rough: Tensor, finished: Tensor, model: Surrogate, columns: int = 8) 
     return image_grid(torch.cat(rows), model.spec, columns=columns)
 
 
-def _classes(model: Surrogate, n: int) -> Tensor | None:
-    """The classes that `n` samples are drawn for when nothing is said."""
-    return torch.arange(n) % (model.spec.num_classes or 1) if model.config.conditional else None
+def _metrics(dataset: Dataset) -> set[str]:
+    """Names of the scores that can be computed for such data without weights from elsewhere."""
+    return set(metric_names(dataset.spec, default_features(dataset.source, dataset.spec)).values())
 
 
 def _batches(n: int, size: int) -> Iterator[tuple[int, slice]]:
@@ -332,7 +346,7 @@ def _batches(n: int, size: int) -> Iterator[tuple[int, slice]]:
 
 def _rough(model: Surrogate, t: float, n: int, seed: int, batch_size: int) -> Tensor:
     """The rough samples that the first `n` samples of a seed start from, model units, on the CPU."""
-    sampling, classes, parts = model.sampling(t_mid=t), _classes(model, n), []
+    sampling, classes, parts = model.sampling(t_mid=t), model.classes_for(n), []
     assert isinstance(sampling, SurrogateSampling)
     with torch.inference_mode():
         for first, part in _batches(n, batch_size):

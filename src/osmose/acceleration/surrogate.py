@@ -26,8 +26,8 @@ class Pair:
     Args:
         run: the diffusion.
         partner: a run folder, or an .npz of samples in data units.
-        **sampling: of the pair's sampling configuration: `t_mid`, `num_steps`, `solver`, `spacing`, `clip`; what is not
-            said is as in `run`.
+        **sampling: of the pair's sampling configuration: `t_mid` (1 if not said), `num_steps`, `solver`, `spacing`,
+            `clip`; what is not said is as in `run`.
 
     Attributes:
         name: of the diffusion's folder.
@@ -49,8 +49,8 @@ class Pair:
             weights["generator.samples"] = more
         else:
             other = Run.open(partner)
-            source = _source(self.run, other)
             weights |= {f"generator.model.{name}": value for name, value in _weights(other).items()}
+            source = _source(self.run, other)
         self.weights = weights
         self.config = self._config(source, sampling)
         with torch.random.fork_rng(devices=[]):
@@ -102,14 +102,14 @@ class Pair:
         return Run.open(out)
 
 
-def pair(run: Run | Path | str, partner: Path | str, out: Path | str, **sampling: Any) -> Run:
+def pair(run: Run | Path | str, partner: Path | str, out: Path | str, *, t_mid: float, **sampling: Any) -> Run:
     """Put a diffusion run and a surrogate together in a new run folder; see `Pair`.
 
     Raises:
         UserError: as `Pair`; nothing has been written then.
     """
     require_free(Path(out))
-    return Pair(run, partner, **sampling).write(out)
+    return Pair(run, partner, t_mid=t_mid, **sampling).write(out)
 
 
 def _weights(run: Run) -> dict[str, Tensor]:
@@ -125,8 +125,6 @@ def _source(run: Run, other: Run) -> Source:
     """
     ours, theirs = run.config, other.config
     origin = {"origin": other.folder.resolve().name, "sha256": other.hash()}
-    if theirs.method.kind == "surrogate" and theirs.spec != ours.spec:
-        raise UserError(f"--with: {other.folder} has no chain of its own to hand over from a lower resolution")
     if theirs.identity.sha256 == ours.identity.sha256:
         return RunSource.parse({"method": theirs.method.to_json(), **origin})
     small, large = theirs.data.downsample, ours.data.downsample
@@ -149,8 +147,9 @@ def _source(run: Run, other: Run) -> Source:
 
 def _items(config: RunConfig) -> tuple[Any, ...]:
     """What two resolutions of the same images have in common."""
-    identity = config.identity
-    return identity.source, identity.num_train, identity.num_held_out, identity.split
+    identity, spec = config.identity, config.spec
+    form = spec.kind, spec.range, spec.shift, spec.scale, spec.num_classes
+    return identity.source, identity.num_train, identity.num_held_out, identity.split, *form
 
 
 def _stored(path: Path, spec: DataSpec) -> tuple[Source, Tensor]:

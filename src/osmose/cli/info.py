@@ -86,6 +86,7 @@ class Info:
         return Result(values, lines, f"osmose train ddpm --data DATA --out RUN --network {name}{words}")
 
     def _run(self, folder: Path) -> Result:
+        from osmose.methods import COMPOSED
         from osmose.metrics.evaluation import headline, read_evaluations
         from osmose.training.checkpoint import Checkpoints
         from osmose.training.run import Run
@@ -105,7 +106,9 @@ class Info:
         }
         rows = {
             "method": config.method.kind,
-            "trained": f"{values['step']} of {config.training.steps} steps, seed {config.seed}",
+            "trained": "not at all: put together"
+            if config.method.kind in COMPOSED
+            else f"{values['step']} of {config.training.steps} steps, seed {config.seed}",
             **costs,
             "data": f"{config.identity.source}, {config.identity.num_train} items to train on, "
             f"{config.identity.num_held_out} held out ({config.identity.split}), sha256 {config.identity.sha256[:12]}",

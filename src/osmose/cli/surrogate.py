@@ -60,20 +60,18 @@ class Surrogate:
         pair = opened(self.model, self.partner, self.overrides, self.steps, self.solver)
         lines, values = [], {}
         if auto:
-            threshold, n = (
-                THRESHOLD if self.threshold is None else positive("threshold", self.threshold),
-                self.num or 500,
-            )
+            threshold = THRESHOLD if self.threshold is None else positive("threshold", self.threshold)
+            n = 500 if self.num is None else self.num
             data, times = real_data(pair, self.data_root), times_for(pair)
             with quiet_warnings(), sampling_bar("comparing", not (self.quiet or self.json)) as on_step:
                 found = hand_overs(pair, data, times, n=n, seed=self.seed, on_step=on_step)
             chosen = choose(found, threshold)
             if chosen is None:
-                best = min(found, key=lambda one: one.distance / one.floor)
+                last = found[-1]
                 raise UserError(
-                    "--t-mid: auto finds no time from which the surrogate passes for data: at best, at "
-                    f"{best.t_mid:g}, it is {best.distance / best.floor:.2f} times as far from data as data are; raise "
-                    "--threshold"
+                    "--t-mid: auto finds no time from which the surrogate passes for data: at the last, "
+                    f"{last.t_mid:g}, its distance is {last.distance:.3g} where that of data is {last.floor:.3g}; "
+                    "raise --threshold"
                 )
             at = next(one for one in found if one.t_mid == chosen)
             lines.append(
@@ -82,7 +80,7 @@ class Surrogate:
             )
             values = {"hand_overs": [vars(one) for one in found], "threshold": threshold}
         else:
-            chosen = time_of(self.t_mid, pair)
+            chosen = time_of(self.t_mid, pair, ", or auto")
         pair.replace(t_mid=chosen)
         made = pair.write(self.out)
         sampling = pair.config.method.sampling
@@ -111,18 +109,17 @@ def real_data(pair: Pair, root: Path | None) -> Dataset:
         return data_of(pair.run, root)
 
 
-def time_of(text: str, pair: Pair) -> float:
+def time_of(text: str, pair: Pair, other: str = "") -> float:
     """A time of entry from what the user wrote: a time, or a step number where it is above 1.
 
     Raises:
-        UserError: neither.
+        UserError: neither; `other` says what else would have been right.
     """
     try:
         value = float(text)
     except ValueError:
-        raise UserError(
-            f"--t-mid: {text!r} is not valid: should be a time from 0 to 1, a step number, or auto"
-        ) from None
+        right = f"a time from 0 to 1, or a step number{other}"
+        raise UserError(f"--t-mid: {text!r} is not valid: should be {right}") from None
     if not value > 1:
         return value
     total = pair.model.chain.schedule.native_steps
@@ -149,7 +146,9 @@ def described(pair: Pair, t: float) -> str:
     level = chain.entry(t, sampling)
     total = chain.schedule.native_steps
     place = f" (step {round(level.t * total)} of {total})" if total else ""
+    left = pair.model.generator.left_at(level, sampling)
+    handed = f", left at t = {left.t:.4g} of their own chain," if left else ""
     return (
-        f"samples of {generator.origin} enter the chain of {pair.name} at t = {level.t:.4g}{place}, where "
+        f"samples of {generator.origin}{handed} enter the chain of {pair.name} at t = {level.t:.4g}{place}, where "
         f"sigma / alpha is {level.sigma / level.alpha if level.alpha else float('inf'):.3g}"
     )

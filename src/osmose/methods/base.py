@@ -19,6 +19,7 @@ from osmose.configuration import Config
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import Draws, SampleDraws
+from osmose.methods import METHODS
 from osmose.networks import NETWORKS
 from osmose.networks.base import NetworkConfig
 
@@ -132,15 +133,21 @@ class MethodConfig(Config, ABC):
         """
 
 
+#: A field that holds the configuration of any method.
+MethodChoice = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(METHODS.parse)]
+
+
 class GenerativeModel(nn.Module, ABC):
     """One trained or trainable model: a method, its parts, and the form of its data.
 
     Attributes:
         idle_parameters: whether some steps' losses leave some parameters without gradient, which data parallelism has
             to be told; the optimiser leaves such parameters as they are.
+        most: how many different samples the model has, or None where there is no end.
     """
 
     idle_parameters: ClassVar[bool] = False
+    most: int | None = None
 
     def __init__(self, config: MethodConfig, spec: DataSpec):
         super().__init__()
@@ -251,7 +258,9 @@ class GenerativeModel(nn.Module, ABC):
             raise UserError(f"seed: {seed} is not valid: must be between 0 and 2^63 - 1")
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size: {batch_size} is not valid: must be at least 1")
-        classes = self._checked_condition(condition, num_samples)
+        if self.most is not None and num_samples > self.most:
+            raise UserError(f"num_samples: {num_samples} is more than the {self.most} different samples that there are")
+        classes = self.classes_for(num_samples, condition)
         sampling = self.sampling(**options)
         batch_size = batch_size or max(1, min(256, 2**20 // self.spec.dimension))
         total = -(-num_samples // batch_size)
@@ -291,7 +300,14 @@ class GenerativeModel(nn.Module, ABC):
             torch.cat(conditions) if conditions else None,
         )
 
-    def _checked_condition(self, condition: Tensor | int | None, num_samples: int) -> Tensor | None:
+    def classes_for(self, num_samples: int, condition: Tensor | int | None = None) -> Tensor | None:
+        """The class of each sample, int64 (num_samples,) on the CPU: as asked for, or all classes in turn.
+
+        None for a model that is not told classes.
+
+        Raises:
+            UserError: classes that the model does not have, or not one for each sample.
+        """
         if not self.config.conditional:
             if condition is not None:
                 raise UserError("condition: this model was trained without classes (method.conditional=false)")

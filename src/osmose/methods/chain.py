@@ -49,6 +49,15 @@ class ChainModel(GenerativeModel):
         """
 
     @abstractmethod
+    def level_at(self, ratio: float, sampling: GaussianSampling) -> Level[float]:
+        """Where the chain is left at a noise-to-signal ratio: at that level, or the schedule's step nearest to it.
+
+        Args:
+            ratio: sigma / alpha, above 0; beyond the chain's first level, this is taken, below its last step, that.
+            sampling: the steps of the whole chain.
+        """
+
+    @abstractmethod
     def recall(
         self, x0: Tensor, t: float, draws: Draws, sampling: GaussianSampling, condition: Tensor | None
     ) -> Tensor:
@@ -99,10 +108,9 @@ class ChainModel(GenerativeModel):
         """Leave the chain in the middle: E[x0 | x_t] where sigma / alpha has come down to `ratio`.
 
         Args:
-            ratio: noise-to-signal ratio sigma / alpha, above 0; the first level of the chain at or below it is taken,
-                or the last level, from which the chain steps to clean data, where none is.
+            ratio: noise-to-signal ratio sigma / alpha, above 0; the level is that of `level_at`.
             draws: the noise, as in `generate`.
-            sampling: the steps of the whole chain; those below `ratio` are left out.
+            sampling: the steps of the whole chain; those below the level are left out.
             condition: class of each sample, or None.
             on_step: called after each step with the number done and the number to do.
 

@@ -11,6 +11,7 @@ in the units of the parametrization's own target F*, or another objective (`meth
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast, get_args
@@ -275,6 +276,15 @@ class Diffusion(ChainModel):
             "larger t or more steps"
         )
 
+    def level_at(self, ratio: float, sampling: GaussianSampling) -> Level[float]:
+        first, total = self._grid(sampling).levels[0], self.schedule.native_steps
+        if ratio * first.alpha >= first.sigma:
+            return first
+        t = self.schedule.time_of(-2 * math.log(ratio))
+        if total is not None:
+            t = (t * total).round().clamp(1, total) / total
+        return TimeGrid.at(self.schedule, t.reshape(1)).levels[0]
+
     def recall(
         self, x0: Tensor, t: float, draws: Draws, sampling: GaussianSampling, condition: Tensor | None
     ) -> Tensor:
@@ -299,9 +309,8 @@ class Diffusion(ChainModel):
     def outline(
         self, ratio: float, draws: Draws, sampling: GaussianSampling, condition: Tensor | None, on_step: OnStep
     ) -> tuple[Tensor, int]:
-        levels = self._grid(sampling).levels[:-1]
-        above = sum(level.sigma > ratio * level.alpha * (1 + _SAME_TIME) for level in levels)
-        levels, denoise = levels[: above + 1], self._denoise(sampling, condition)
+        last, denoise = self.level_at(ratio, sampling), self._denoise(sampling, condition)
+        levels = (*(level for level in self._grid(sampling).levels[:-1] if level.t > last.t + _SAME_TIME), last)
         x = self.config.noise.sample(draws, self.spec.shape) * self.schedule.prior_std
         x, _ = self._run(x, levels, draws, sampling, denoise, lambda done, of: on_step(done, of + 1))
         x0 = denoise(x, levels[-1])

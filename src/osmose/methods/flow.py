@@ -26,7 +26,7 @@ from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import Draws
 from osmose.methods.base import Batch, GenerativeModel, LossTerms, MethodConfig, OnStep, SamplingConfig
-from osmose.methods.moments import Moments, level_step
+from osmose.methods.moments import Moments, level_step, require_affordable
 
 
 class FlowConfig(MethodConfig):
@@ -66,6 +66,7 @@ class Flow(GenerativeModel):
 
     def __init__(self, config: FlowConfig, spec: DataSpec):
         super().__init__(config, spec)
+        require_affordable(spec)
         if spec.dimension < 2:
             raise UserError("flow: couples the values of an item, and these data have one each; take gaussian")
         self.leading = min(config.components, spec.dimension)

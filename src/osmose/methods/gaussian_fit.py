@@ -20,7 +20,7 @@ from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import Draws
 from osmose.methods.base import Batch, GenerativeModel, LossTerms, MethodConfig, OnStep, SamplingConfig
-from osmose.methods.moments import Moments
+from osmose.methods.moments import Moments, require_affordable
 
 
 class GaussianConfig(MethodConfig):
@@ -77,6 +77,7 @@ class GaussianFit(GenerativeModel):
 
     def __init__(self, config: MethodConfig, spec: DataSpec, num_components: int):
         super().__init__(config, spec)
+        require_affordable(spec)
         self.weights = nn.Parameter(torch.full((num_components,), 1 / num_components), requires_grad=False)
         self.means = nn.Parameter(torch.zeros(num_components, spec.dimension), requires_grad=False)
         self.scale_tril = nn.Parameter(torch.eye(spec.dimension), requires_grad=False)

@@ -11,6 +11,8 @@ from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
 from osmose.methods.base import Batch
 
+#: Values in an item beyond which D x D matrices, and their decompositions, are no longer a cheap beginning.
+_MOST = 8192
 #: Added to the variances of data without levels, as a share of their mean.
 _RELATIVE_RIDGE = 1e-6
 
@@ -22,6 +24,19 @@ def level_step(spec: DataSpec) -> Tensor | None:
     low, high = spec.range
     step = (high - low) / (spec.levels - 1) / torch.tensor(spec.scale, dtype=torch.float64)
     return step.view(-1, *(1,) * (len(spec.shape) - 1))
+
+
+def require_affordable(spec: DataSpec) -> None:
+    """Refuse data whose covariance would fill the memory.
+
+    Raises:
+        UserError: too many values in an item.
+    """
+    if spec.dimension > _MOST:
+        raise UserError(
+            f"data: items of {spec.dimension} values need a covariance of {spec.dimension} x {spec.dimension}; at most "
+            f"{_MOST} values can be fitted: train on smaller images (--downsample), or take vae or sngan"
+        )
 
 
 class Moments:
@@ -61,7 +76,7 @@ class Moments:
             UserError: several classes, and items that do not say theirs.
         """
         if classes is None and len(self.counts) > 1:
-            raise UserError("class-means: needs the class of every training item, and these have none")
+            raise UserError("data: the class of every training item is needed, and these have none")
         rows = x.detach().flatten(1).cpu().double()
         classes = torch.zeros(len(rows), dtype=torch.int64) if classes is None else classes.cpu()
         counts = torch.bincount(classes, minlength=len(self.counts)).double()

@@ -11,7 +11,6 @@ as SDEdit (arXiv 2108.01073).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import torch
@@ -23,11 +22,8 @@ from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import Draws, SampleDraws, seeded
 from osmose.gaussian.schedule import CLEAN, Level
-from osmose.methods import METHODS
-from osmose.methods.base import Batch, GenerativeModel, LossTerms, MethodConfig, OnStep, Samples, SamplingConfig
+from osmose.methods.base import Batch, GenerativeModel, LossTerms, MethodChoice, MethodConfig, OnStep, SamplingConfig
 from osmose.methods.chain import ChainModel, GaussianSampling
-
-MethodChoice = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(METHODS.parse)]
 
 
 class Source(Config, ABC):
@@ -83,6 +79,10 @@ class Rough(nn.Module, ABC):
             UserError: naming the option.
         """
 
+    def left_at(self, level: Level[float], sampling: GaussianSampling) -> Level[float] | None:  # noqa: ARG002
+        """The level at which a chain of its own is left, to be entered at `level` by the other; None without one."""
+        return None
+
     def models(self) -> list[GenerativeModel]:
         """The models that it runs."""
         return []
@@ -101,7 +101,7 @@ class RunSource(Source):
 class _Run(Rough):
     def __init__(self, model: GenerativeModel, limits: tuple[float, float] | None):
         super().__init__()
-        self.model, self.limits = model, limits
+        self.model, self.limits, self.most = model, limits, model.most
 
     def draw(
         self,
@@ -156,9 +156,15 @@ class _LowResolution(Rough):
         if level.sigma == 0:
             x0, nfe = self.model.generate(draws, sampling, condition, on_step)
         else:
-            ratio = level.sigma / level.alpha / self.factor if level.alpha > 0 else float("inf")
-            x0, nfe = self.model.outline(ratio, draws, sampling, condition, on_step)
+            x0, nfe = self.model.outline(self.ratio(level), draws, sampling, condition, on_step)
         return nn.functional.interpolate(x0, scale_factor=self.factor, mode="bilinear", align_corners=False), nfe
+
+    def ratio(self, level: Level[float]) -> float:
+        """Noise-to-signal ratio of the small chain that matches a level of the large one."""
+        return level.sigma / level.alpha / self.factor if level.alpha > 0 else float("inf")
+
+    def left_at(self, level: Level[float], sampling: GaussianSampling) -> Level[float]:
+        return self.model.level_at(self.ratio(level), sampling)
 
     def check(self, **options: Any) -> None:
         self.model.sampling(**options)
@@ -214,7 +220,11 @@ def _parse_source(value: Any) -> Any:
 class SurrogateSampling(GaussianSampling):
     """Where the chain is entered, and how it is run."""
 
-    t_mid: float = Field(0.5, ge=0, le=1, description="time at which the chain is entered; 0: not at all, 1: whole")
+    t_mid: float = Field(1.0, ge=0, le=1, description="time at which the chain is entered; 0: not at all, 1: whole")
+
+    def of_chain(self) -> dict[str, Any]:
+        """The options of the chain alone."""
+        return {name: value for name, value in self.to_json().items() if name != "t_mid"}
 
 
 class SurrogateConfig(MethodConfig):
@@ -262,6 +272,7 @@ class Surrogate(GenerativeModel):
             raise UserError(f"{config.chain.kind}: has no chain that can be entered; ddpm, iddpm and edm have")
         self.chain = chain
         self.generator = config.generator.build(spec)
+        self.most = self.generator.most
         self.requires_grad_(False)
         try:
             self.sampling()
@@ -271,7 +282,7 @@ class Surrogate(GenerativeModel):
     def sampling(self, **options: Any) -> SurrogateSampling:
         sampling = super().sampling(**options)
         assert isinstance(sampling, SurrogateSampling)
-        own = {name: value for name, value in sampling.to_json().items() if name != "t_mid"}
+        own = sampling.of_chain()
         self.chain.sampling(**own)  # refuses what does not fit the chain
         self.generator.check(**own)
         if sampling.t_mid > 0:
@@ -280,13 +291,6 @@ class Surrogate(GenerativeModel):
             except UserError as error:
                 raise UserError(f"t_mid{str(error).removeprefix('t')}") from None
         return sampling
-
-    def stream(self, num_samples: int, **options: Any) -> Iterator[Samples]:
-        if self.generator.most is not None and num_samples > self.generator.most:
-            raise UserError(
-                f"num_samples: {num_samples} is more than the {self.generator.most} samples that the surrogate holds"
-            )
-        return super().stream(num_samples, **options)
 
     def networks(self) -> list[nn.Module]:
         return [network for model in self._models() for network in model.networks()]

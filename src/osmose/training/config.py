@@ -6,16 +6,14 @@ import importlib.util
 import math
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import Field, model_validator
 
 from osmose.configuration import Config
 from osmose.data.dataset import DataConfig, DataIdentity, DataSpec
 from osmose.errors import UserError
-from osmose.methods import METHODS
-from osmose.methods.base import MethodConfig
+from osmose.methods.base import MethodChoice
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-MethodChoice = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(METHODS.parse)]
 
 
 class TrainingConfig(Config):

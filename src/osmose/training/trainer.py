@@ -18,6 +18,7 @@ from osmose.data.dataset import Dataset
 from osmose.data.pictures import has_picture, picture
 from osmose.errors import UserError
 from osmose.gaussian.draws import Draws, StepDraws, mix, seeded
+from osmose.methods import COMPOSED
 from osmose.methods.base import Batch, GenerativeModel
 from osmose.training import files
 from osmose.training.checkpoint import Checkpoints
@@ -52,6 +53,8 @@ class Trainer:
         self.run, self.dataset, self.config, self.seed = run, dataset, run.config.training, run.config.seed
         if dataset.identity.sha256 != run.config.identity.sha256:
             raise UserError(f"data: {dataset.source!r} is not the data this run was made with (its hash differs)")
+        if run.config.method.kind in COMPOSED:
+            raise UserError(f"{run.folder}: {run.config.method.kind} is put together, not trained: nothing to continue")
         AcceleratorState._reset_state()  # accelerate keeps the precision of the first run in a process for all others
         torch.manual_seed(mix(self.seed, "weights"))
         model: GenerativeModel = run.config.method.build(run.config.spec)
@@ -112,7 +115,7 @@ class Trainer:
         window = self.window
         if self.is_main:
             self.run.rewind(self.step)
-            if self.step:  # the process that wrote the checkpoint may have been killed before it did the rest
+            if self.checkpoints.all():  # whoever wrote the newest may have been killed before it did the rest
                 self.checkpoints.prune()
                 self.run.write_weights(self.ema.state_dict())
         self.progress.start(self.step, self.config.steps, self.config.batch_size)
