@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from osmose.acceleration.surrogate import surrogate
     from osmose.analysis.likelihood import likelihood
     from osmose.data.dataset import DataConfig, Dataset
     from osmose.errors import UserError
@@ -32,6 +33,7 @@ __all__ = [
     "recipe",
     "run_study",
     "score_samples",
+    "surrogate",
     "train",
 ]
 __version__ = "0.1.0"
@@ -47,6 +49,7 @@ _HOMES = {
     "recipe": "osmose.training.recipes",
     "run_study": "osmose.studies.running",
     "score_samples": "osmose.metrics.evaluate",
+    "surrogate": "osmose.acceleration.surrogate",
     "train": "osmose.training.recipes",
 }
 

@@ -71,7 +71,7 @@ def _first_line(error: ValidationError, cls: type[BaseModel]) -> ConfigError:
     shown = repr(first["input"])
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     reason = first["msg"].removeprefix("Value error, ").replace("Input should be ", "should be ")
-    return ConfigError(path, f"{shown} is not valid: {reason}")
+    return ConfigError(path, f"{shown} is not valid: {reason}" if path else reason)
 
 
 def _fields_at(cls: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:

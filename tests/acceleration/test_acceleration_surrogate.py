@@ -1,13 +1,14 @@
 """From two runs, or a run and a file, to a run that starts its chain in the middle."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from osmose.acceleration.hand_over import HandOver, choose, hand_overs, metric_for, sweep, times_for, write_sweep
-from osmose.acceleration.surrogate import Pair, pair
+from osmose.acceleration.surrogate import Pair, surrogate
 from osmose.data.dataset import DataConfig
 from osmose.errors import UserError
 from osmose.training import files
@@ -37,6 +38,8 @@ def runs(tmp_path_factory):
     train("gaussian", "digits", folder / "gaussian", progress=False)
     train("gaussian", DataConfig(source="digits", downsample=2), folder / "small-gaussian", progress=False)
     (folder / "empty").mkdir()
+    (folder / "unfinished").mkdir()
+    shutil.copy(folder / "ddpm" / "config.json", folder / "unfinished")
     dataset = DataConfig(source="digits").load()
     np.savez(folder / "real.npz", samples=dataset.train[:900].numpy())
     np.savez(folder / "noise.npz", samples=torch.randint(0, 17, (900, 1, 8, 8)).numpy())
@@ -52,7 +55,7 @@ def digits():
 
 
 def test_a_pair_is_a_run_like_any_other(runs, tmp_path):
-    made = pair(runs / "ddpm", runs / "gaussian", tmp_path / "pair", t_mid=0.3)
+    made = surrogate(runs / "ddpm", runs / "gaussian", tmp_path / "pair", t_mid=0.3)
     chain, config = Run.open(runs / "ddpm"), made.config
     assert (config.data, config.spec, config.identity) == (chain.config.data, chain.config.spec, chain.config.identity)
     assert (config.parent.folder, config.parent.sha256) == ("ddpm", chain.hash())
@@ -76,21 +79,21 @@ def test_what_is_said_of_sampling_replaces_the_run_s(runs):
 
 
 def test_a_chain_in_continuous_time_and_a_pair_as_a_surrogate(runs, tmp_path):
-    first = pair(runs / "ddpm", runs / "gaussian", tmp_path / "first", t_mid=0.5)
-    both = pair(runs / "edm", first.folder, tmp_path / "both", t_mid=0.37, num_steps=8)
+    first = surrogate(runs / "ddpm", runs / "gaussian", tmp_path / "first", t_mid=0.5)
+    both = surrogate(runs / "edm", first.folder, tmp_path / "both", t_mid=0.37, num_steps=8)
     assert load(both.folder).sample(3).nfe == first.model().sample(1).nfe + 2 * 3 - 1
 
 
 @pytest.mark.parametrize(("name", "factor"), [("small", 2), ("tiny", 4)])
 def test_a_run_on_smaller_images_is_handed_over(runs, tmp_path, name, factor):
-    made = pair(runs / "ddpm", runs / name, tmp_path / "pair", num_steps=10, t_mid=0.5)
+    made = surrogate(runs / "ddpm", runs / name, tmp_path / "pair", num_steps=10, t_mid=0.5)
     generator = made.config.method.generator
     assert (generator.kind, generator.factor) == ("low-resolution", factor)
     assert load(made.folder).sample(3).data.shape == (3, 1, 8, 8)
 
 
 def test_stored_samples(runs, tmp_path):
-    made = pair(runs / "ddpm", runs / "real.npz", tmp_path / "pair", t_mid=0)
+    made = surrogate(runs / "ddpm", runs / "real.npz", tmp_path / "pair", t_mid=0)
     model = load(made.folder)
     with np.load(runs / "real.npz") as archive:
         known = {tuple(row.ravel()) for row in archive["samples"].astype(np.float64)}
@@ -98,6 +101,9 @@ def test_stored_samples(runs, tmp_path):
     assert {tuple(row.flatten().tolist()) for row in drawn} <= known
     with pytest.raises(UserError, match="901 is more than the 900 different samples"):
         model.sample(901)
+    again = surrogate(runs / "edm", made.folder, tmp_path / "again", t_mid=0.5)
+    with pytest.raises(UserError, match="901 is more than the 900 different samples"):
+        load(again.folder).sample(901)
 
 
 @pytest.mark.parametrize(
@@ -106,11 +112,19 @@ def test_stored_samples(runs, tmp_path):
         ("ddpm", "moons", {}, "moons was trained on data of another source, toy:two-moons, than .*ddpm, digits"),
         ("small", "ddpm", {}, r"ddpm was trained on data of another shape, \(1, 8, 8\), than .*small, \(1, 4, 4\)"),
         ("ddpm", "small-gaussian", {}, "generator: gaussian on smaller images has no chain to hand over; ddpm, iddpm"),
-        ("gaussian", "ddpm", {}, "gaussian: has no chain that can be entered; ddpm, iddpm and edm have"),
-        ("told", "gaussian", {}, "the run is told the class of each sample and the surrogate is not; both or none"),
-        ("ddpm", "told", {}, "the surrogate is told the class of each sample and the run is not; both or none"),
-        ("told", "real.npz", {}, "the run is told the class of each sample and the surrogate is not; both or none"),
+        (
+            "gaussian",
+            "ddpm",
+            {},
+            "has no chain that can be entered; ddpm, iddpm and edm have; RUN is the diffusion, and --with",
+        ),
+        ("told", "gaussian", {}, "told is told the class of each sample and .*gaussian is not; train both"),
+        ("ddpm", "told", {}, "told is told the class of each sample and .*ddpm is not; train both with"),
+        ("told", "real.npz", {}, "real.npz is not; stored samples go with a run that was trained without"),
         ("ddpm", "empty", {}, "empty: not a run folder"),
+        ("ddpm", "ddpm/config.json", {}, "config.json is neither a run folder nor an .npz of samples"),
+        ("ddpm", "unfinished", {}, "unfinished: has no model.safetensors yet"),
+        ("unfinished", "ddpm", {}, "unfinished: has no model.safetensors yet"),
         ("empty", "ddpm", {}, "empty: not a run folder"),
         ("ddpm", "none.npz", {}, "none.npz: no such file"),
         ("ddpm", "wide.npz", {}, r"--with: .*wide.npz: samples: shape \(20, 1, 9, 8\) given, \(n, 1, 8, 8\)"),
@@ -125,7 +139,7 @@ def test_stored_samples(runs, tmp_path):
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_written(runs, tmp_path, run, partner, options, message):
     with pytest.raises(UserError, match=message):
-        pair(runs / run, runs / partner, tmp_path / "pair", **{"t_mid": 0.5, **options})
+        surrogate(runs / run, runs / partner, tmp_path / "pair", **{"t_mid": 0.5, **options})
     assert not any(tmp_path.iterdir())
 
 
@@ -133,10 +147,10 @@ def test_a_folder_that_is_taken_is_refused(runs, tmp_path):
     (tmp_path / "pair").mkdir()
     (tmp_path / "pair" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="exists already; choose another folder"):
-        pair(runs / "ddpm", runs / "gaussian", tmp_path / "pair", t_mid=0.5)
+        surrogate(runs / "ddpm", runs / "gaussian", tmp_path / "pair", t_mid=0.5)
     assert (tmp_path / "pair" / "notes.txt").read_text() == "mine"
     (tmp_path / "free").mkdir()
-    assert pair(runs / "ddpm", runs / "gaussian", tmp_path / "free", t_mid=0.5).weights.is_file()
+    assert surrogate(runs / "ddpm", runs / "gaussian", tmp_path / "free", t_mid=0.5).weights.is_file()
 
 
 def test_half_a_run_folder_is_never_seen(runs, tmp_path, monkeypatch):
@@ -145,7 +159,7 @@ def test_half_a_run_folder_is_never_seen(runs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "write_tensors", full)
     with pytest.raises(UserError, match="no space left"):
-        pair(runs / "ddpm", runs / "gaussian", tmp_path / "pair", t_mid=0.5)
+        surrogate(runs / "ddpm", runs / "gaussian", tmp_path / "pair", t_mid=0.5)
     assert not any(tmp_path.iterdir())
 
 
@@ -157,6 +171,19 @@ def test_real_data_as_a_surrogate_are_as_far_from_data_as_data_are(runs, digits)
     for one in found:
         assert one.distance == pytest.approx(one.floor, rel=0.7)
     assert choose(found) == 0.01
+
+
+def test_a_perfect_surrogate_passes_everywhere(runs, digits):
+    """A dozen times over seeds: means over several splits do not fail by luck."""
+    both = Pair(runs / "ddpm", runs / "real.npz")
+    assert [choose(hand_overs(both, digits, [0.05, 0.5, 1.0], n=150, seed=seed)) for seed in range(4)] == [0.05] * 4
+
+
+def test_more_samples_than_are_stored_are_refused(runs, digits):
+    with pytest.raises(UserError, match="n: 901 is not valid: the surrogate has only 900 different samples"):
+        hand_overs(Pair(runs / "ddpm", runs / "real.npz"), digits, [0.5], n=901)
+    with pytest.raises(UserError, match="n: 3 is not valid: must be at least 4"):
+        hand_overs(Pair(runs / "ddpm", runs / "real.npz"), digits, [0.5], n=3)
 
 
 def test_noise_as_a_surrogate_is_far_at_little_noise_and_near_at_much(runs, digits):

@@ -59,14 +59,14 @@ def test_the_sweep(osmose, gaussian):
     answer = osmose("analyze", "surrogate", "digits", "--with", gaussian, *words, "solver=dpmpp-2m")
     assert (answer.status, answer.err) == (0, "")
     assert "chain alone" in answer.out
-    stored = json.loads(Path("digits/surrogate/surrogate.json").read_text())
+    stored = json.loads(Path("digits/surrogate/gaussian/surrogate.json").read_text())
     assert [point["t_mid"] for point in stored["points"]] == [0, 0.1, 0.5, None]
     assert stored["conditions"]["sampling"]["solver"]["kind"] == "dpmpp-2m"
     for name in ("surrogate", "beside"):
-        with Image.open(f"digits/surrogate/{name}.png") as image:
+        with Image.open(f"digits/surrogate/gaussian/{name}.png") as image:
             assert image.size[0] > 200
     values = json.loads(osmose("analyze", "surrogate", "digits", "--with", gaussian, *words, "--json").out)
-    assert values["wrote"][0] == "digits/surrogate/surrogate.json"
+    assert values["wrote"][0] == "digits/surrogate/gaussian/surrogate.json"
 
 
 @pytest.mark.parametrize(

@@ -172,13 +172,16 @@ def hand_overs(
     if len(chosen) < 2 * n:
         raise UserError(f"n: {n} is not valid: twice as many real items are needed, and there are {len(chosen)}")
     labels = dataset.train_labels[chosen] if model.config.conditional and dataset.train_labels is not None else None
-    real, classes = spec.encode(dataset.train[chosen]), model.classes_for(n)
+    real, classes = spec.encode(dataset.train[chosen]), None
+    if labels is not None:  # as often as in the data: real sets have such shares too
+        place = torch.randint(len(dataset.train), (n,), generator=seeded(seed, "classes"))
+        classes = dataset.train_labels[place] if dataset.train_labels is not None else None
     plain = spec.replace(levels=None)  # an estimate lies between the levels
     found: list[HandOver] = []
     rough: Tensor | None = None
     for index, t in enumerate(times):
         if rough is None or model.generator.follows:
-            rough = _rough(model, t, n, seed, batch_size)
+            rough = _rough(model, t, n, seed, classes, batch_size)
         distances, floors = [], []
         for repeat in range(REPEATS):
             seen = [
@@ -266,7 +269,8 @@ def sweep(
             kept[t] = samples.data[:32]
         done(index + 2)
     shown = chosen if chosen is not None else entered[-1]
-    rough = pair.model.spec.decode(_rough(pair.model, shown, len(kept[shown]), seed, n))
+    few = len(kept[shown])
+    rough = pair.model.spec.decode(_rough(pair.model, shown, few, seed, pair.model.classes_for(few), few))
     conditions = {
         "seed": seed,
         "sampling": pair.config.method.sampling.to_json(),
@@ -344,9 +348,9 @@ def _batches(n: int, size: int) -> Iterator[tuple[int, slice]]:
         yield first, slice(first, min(first + size, n))
 
 
-def _rough(model: Surrogate, t: float, n: int, seed: int, batch_size: int) -> Tensor:
+def _rough(model: Surrogate, t: float, n: int, seed: int, classes: Tensor | None, batch_size: int) -> Tensor:
     """The rough samples that the first `n` samples of a seed start from, model units, on the CPU."""
-    sampling, classes, parts = model.sampling(t_mid=t), model.classes_for(n), []
+    sampling, parts = model.sampling(t_mid=t), []
     assert isinstance(sampling, SurrogateSampling)
     with torch.inference_mode():
         for first, part in _batches(n, batch_size):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
+from osmose.methods.base import MethodConfig
 from osmose.methods.surrogate import LowResolutionSource, RunSource, Source, StoredSource, Surrogate, SurrogateConfig
 from osmose.metrics.admission import admit, read_samples
 from osmose.training import files
@@ -44,6 +45,8 @@ class Pair:
         self.name = self.run.folder.resolve().name
         partner = Path(partner)
         weights = {f"chain.{name}": value for name, value in _weights(self.run).items()}
+        if partner.is_file() and partner.suffix != ".npz":
+            raise UserError(f"--with: {partner} is neither a run folder nor an .npz of samples")
         if partner.suffix == ".npz":
             source, more = _stored(partner, self.run.config.spec)
             weights["generator.samples"] = more
@@ -51,13 +54,33 @@ class Pair:
             other = Run.open(partner)
             weights |= {f"generator.model.{name}": value for name, value in _weights(other).items()}
             source = _source(self.run, other)
+        self._require_same_condition(partner, getattr(source, "method", None))
         self.weights = weights
         self.config = self._config(source, sampling)
         with torch.random.fork_rng(devices=[]):
-            model = self.config.method.build(self.config.spec)
+            try:
+                model = self.config.method.build(self.config.spec)
+            except UserError as error:
+                hint = "; RUN is the diffusion, and --with names the surrogate" if "be entered" in str(error) else ""
+                raise UserError(f"{error}{hint}") from None
         assert isinstance(model, Surrogate)
         load_weights(model, weights, partner)
         self.model: Surrogate = model.eval()
+
+    def _require_same_condition(self, partner: Path, method: MethodConfig | None) -> None:
+        """Refuse a pair of which one is told classes and the other is not.
+
+        Raises:
+            UserError: naming both, and the way out.
+        """
+        ours, theirs = self.run.config.method.conditional, method is not None and method.conditional
+        if ours == theirs:
+            return
+        told, not_told = (self.run.folder, partner) if ours else (partner, self.run.folder)
+        way = "train both with --conditional, or neither"
+        if method is None:
+            way = "stored samples go with a run that was trained without --conditional"
+        raise UserError(f"--with: {told} is told the class of each sample and {not_told} is not; {way}")
 
     def _config(self, source: Source, sampling: Mapping[str, Any]) -> RunConfig:
         config = self.run.config
@@ -102,7 +125,7 @@ class Pair:
         return Run.open(out)
 
 
-def pair(run: Run | Path | str, partner: Path | str, out: Path | str, *, t_mid: float, **sampling: Any) -> Run:
+def surrogate(run: Run | Path | str, partner: Path | str, out: Path | str, *, t_mid: float, **sampling: Any) -> Run:
     """Put a diffusion run and a surrogate together in a new run folder; see `Pair`.
 
     Raises:

@@ -29,10 +29,10 @@ class HandOver:
     ] = None
     steps: Annotated[int | None, arg(help="solver steps of the whole chain; as in RUN if not given")] = None
     solver: Annotated[str | None, arg(help="ancestral, ddim, heun or dpmpp-2m; as in RUN if not given")] = None
-    num: Annotated[int, arg(aliases=["-n"], help="samples of every t_mid")] = 500
+    num: Annotated[int | None, arg(aliases=["-n"], help="samples of every t_mid; 500 if not given")] = None
     metrics: Annotated[str | None, arg(metavar="NAME,...", help="scores; what sums up the data if not given")] = None
     threshold: Annotated[float, arg(help="distance that passes for data, in distances between real data")] = 2.0
-    out: Annotated[Path | None, arg(help="folder to write to; RUN/surrogate if not given")] = None
+    out: Annotated[Path | None, arg(help="folder to write to; RUN/surrogate/RUN2 if not given")] = None
     data_root: Annotated[Path | None, arg(help="where the data lie, if not where the run found them")] = None
     seed: Annotated[int, arg(help="of everything random")] = 0
     device: Annotated[str, arg(help="cpu, cuda or mps; auto takes the fastest there is")] = "auto"
@@ -58,14 +58,15 @@ class HandOver:
             torch.set_num_threads(self.threads)
         pair = opened(self.model, self.partner, self.overrides, self.steps, self.solver)
         times = [time_of(text, pair) for text in self.t_mid.split(",") if text] if self.t_mid else None
-        out = self.out or self.model / "surrogate"
+        out = self.out or self.model / "surrogate" / Path(pair.model.config.generator.origin).stem
+        n = min(500, pair.model.most or 500) if self.num is None else self.num
         if out.exists() and not out.is_dir():
             raise UserError(f"--out: {out} is a file; name a folder")
         pair.model.to(device(self.device))
         data, names = real_data(pair, self.data_root), self.metrics.split(",") if self.metrics else None
         with quiet_warnings(), sampling_bar(f"entering {self.model}", not (self.quiet or self.json)) as on_step:
             result = sweep(
-                pair, data, times, n=self.num, seed=self.seed, threshold=self.threshold, metrics=names, on_step=on_step
+                pair, data, times, n=n, seed=self.seed, threshold=self.threshold, metrics=names, on_step=on_step
             )
         paths = write_sweep(result, pair, out)
         scores = list(result.points[0].scores)
@@ -87,9 +88,14 @@ class HandOver:
             )
         floors = ", ".join(f"{name} {value:.4g}" for name, value in result.floors.items())
         lines = [table, f"real data: {floors}", "wrote " + ", ".join(map(str, paths))]
-        wanted = result.chosen if result.chosen is not None else 1
+        if result.chosen is None:
+            lines.insert(1, "auto: no t_mid that was tried passes for data; try larger ones")
+        if result.metric in scores:
+            best = min(result.points, key=lambda point: point.scores[result.metric])
+            places = {0.0: "the surrogate alone", None: "the chain alone"}
+            which = places.get(best.t_mid, f"t_mid = {best.t_mid}")
+            lines.insert(1, f"best {result.metric}: {best.scores[result.metric]:.4g}, {which}")
+        make = f"osmose surrogate {self.model} --with {self.partner} --t-mid {result.chosen or 1:g} --out RUN3"
         return Result(
-            {**result.to_json(), "wrote": [str(path) for path in paths]},
-            lines,
-            f"osmose surrogate {self.model} --with {self.partner} --t-mid {wanted:g} --out RUN3",
+            {**result.to_json(), "wrote": [str(path) for path in paths]}, lines, make if result.chosen else None
         )

@@ -41,6 +41,8 @@ class Surrogate:
     num: Annotated[int | None, arg(aliases=["-n"], help="for auto: samples to compare; 500 if not given")] = None
     data_root: Annotated[Path | None, arg(help="for auto: where the data lie, if not where the run found them")] = None
     seed: Annotated[int, arg(help="for auto: of the samples that are compared")] = 0
+    device: Annotated[str, arg(help="for auto: cpu, cuda or mps; auto takes the fastest there is")] = "auto"
+    threads: Annotated[int | None, arg(help="for auto: CPU threads; all cores if not given")] = None
     quiet: Annotated[bool, arg(help="no progress")] = False
     json: Annotated[bool, arg(help="print the result as JSON")] = False
     overrides: Suppress[dict[str, Any]] = field(default_factory=dict)
@@ -53,7 +55,10 @@ class Surrogate:
         for name in ("threshold", "num", "data_root"):
             if not auto and getattr(self, name) is not None:
                 raise UserError(f"--{name.replace('_', '-')}: is for --t-mid auto alone")
+        import torch
+
         from osmose.acceleration.hand_over import THRESHOLD, choose, hand_overs, times_for
+        from osmose.cli.devices import device
         from osmose.training.run import require_free
 
         require_free(self.out)
@@ -61,7 +66,10 @@ class Surrogate:
         lines, values = [], {}
         if auto:
             threshold = THRESHOLD if self.threshold is None else positive("threshold", self.threshold)
-            n = 500 if self.num is None else self.num
+            n = min(500, pair.model.most or 500) if self.num is None else self.num
+            if self.threads is not None:
+                torch.set_num_threads(int(positive("threads", self.threads)))
+            pair.model.to(device(self.device))
             data, times = real_data(pair, self.data_root), times_for(pair)
             with quiet_warnings(), sampling_bar("comparing", not (self.quiet or self.json)) as on_step:
                 found = hand_overs(pair, data, times, n=n, seed=self.seed, on_step=on_step)

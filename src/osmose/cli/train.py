@@ -172,6 +172,8 @@ class Train:
         loss = f"held-out loss {last['validation_loss']:.4f}" if last else ""
         if trainer.step == began:
             note = f"{run.folder} was at its last step, {began}, already; a longer run has to be trained anew"
+            if not run.config.training.steps:
+                note = f"{run.folder} is fitted already"
             return Result(values, [note], f"osmose sample {run.folder} -n 64 --out samples.png")
         wrote = [f"wrote {run.folder}: {len(dataset.train)} items, {trainer.step} steps, {loss}"]
         return Result(values, wrote, f"osmose sample {run.folder} -n 64 --out samples.png")

@@ -95,7 +95,7 @@ def evaluate_run(
         UserError: an option or a metric that is refused.
     """
     model = model if model is not None else run.model(device)
-    n = n or default_count(dataset)
+    n = n or min(default_count(dataset), model.most or sys.maxsize)
     sampling = model.sampling(**options)
     samples = model.sample(n, seed=seed, batch_size=batch_size, on_step=on_step, **options)
     memory = peak_memory(model.device)  # before the metrics add their own

@@ -49,8 +49,8 @@ class SurrogateStudy(Study):
 
     Every pair is finished by the ancestral chain (fixed_small, K evenly spaced steps of the 1000, of which those at or
     below t_mid are taken) and by DPM-Solver++(2M) with 20 steps in the same way. t_mid = 0 is the surrogate alone,
-    "none" the chain alone; "none" is also run with 2, 5, 10 and 15 steps of DPM-Solver++, which cost what the pairs do.
-    Evaluations of ddpm-small are those of both networks.
+    "none" the chain alone; "none" is also run with 2, 5, 10 and 15 steps of DPM-Solver++, about what the pairs take.
+    Evaluations are those of all networks, the surrogate's one, or ddpm-small's many, included.
     `speed` is samples per CPU second relative to the chain alone with the same solver and K, measured in turns in one
     process, the surrogate's time included. `clf_score` is the inception score of a small classifier of the same data.
     `distance` is fd_clf between noised rough samples and noised data as the DDPM's denoiser sees them at t_mid,
@@ -58,14 +58,14 @@ class SurrogateStudy(Study):
     from which on the distance is at most twice the floor.
 
     The published claims are that samples come 2 to 4 times as fast at no loss, that for some t_mid the pair beats both
-    of its parts, and that the best t_mid is inside. Where a claim says "some t_mid", each seed uses the one that is
-    best on the other seeds. The rest of the claims ask what else a user would: do learned surrogates beat a fitted
-    Gaussian, does it still pay with a 20-step solver, does auto choose well.
+    of its parts, and that the best t_mid is inside. Where a claim says "some t_mid", each seed uses the one of 0.25,
+    0.5 and 0.75 that is best on the other seeds. The rest of the claims ask what else a user would: do learned
+    surrogates beat a fitted Gaussian, does it still pay with a 20-step solver, does auto choose well.
 
     Digits: an MLP (3 blocks of 256), K = 200. Fashion-MNIST: the default UNet at 8 channels, K = 100, and a short
     training; 300 samples are few for `fd_clf`. Surrogates are trained with their own recipes, on Fashion-MNIST with
-    fewer channels and steps, which hurts the SNGAN most. All models of a seed start from different networks: nothing
-    is paired but the DDPM and its noise.
+    fewer steps and channels (the flow only steps), which hurts the SNGAN most. All models of a seed start from
+    different networks: nothing is paired but the DDPM and its noise.
     """
 
     title = "Start the chain in the middle: speed and quality of surrogates before a DDPM"
@@ -169,7 +169,9 @@ class SurrogateStudy(Study):
 
             def check(results: Results) -> Finding:
                 speed = results.values(f"{data}-with-{name}", "speed", solver="ancestral", t_mid=f"{t:g}")
-                return all_of(lower(least, speed), lower(fd(results, name, t), 1.1 * chain(results)))
+                return all_of(
+                    lower(np.full(len(speed), least), speed), lower(fd(results, name, t), 1.1 * chain(results))
+                )
 
             text = f"samples (1) come more than {least:g} times as fast (2) at a loss below 10 %"
             return Claim(f"{data}: {name} at t_mid = {t:g}: {text}", cells(name), check)
@@ -205,7 +207,7 @@ class SurrogateStudy(Study):
         def below_gaussian(name: str) -> Claim:
             return Claim(
                 f"{data}: at t_mid = 0.25 {name} is a better surrogate than the fitted Gaussian",
-                cells(name, "gaussian"),
+                cells(name, "gaussian")[1:],
                 lambda results: lower(fd(results, name, 0.25), fd(results, "gaussian", 0.25)),
             )
 
@@ -231,7 +233,7 @@ class SurrogateStudy(Study):
             ),
             Claim(
                 f"{data}: the Gaussian at t_mid = 0.1 is worse than the Gaussian itself",
-                cells("gaussian"),
+                cells("gaussian")[1:],
                 lambda results: lower(fd(results, "gaussian", 0), fd(results, "gaussian", 0.1)),
             ),
             *(below_gaussian(name) for name in ("vae", "flow", "sngan", "ddpm-small")),
