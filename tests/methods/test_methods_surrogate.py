@@ -8,10 +8,12 @@ import torch
 
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
+from osmose.gaussian.chain import reverse_step
 from osmose.gaussian.draws import SampleDraws
 from osmose.gaussian.grid import TimeGrid
 from osmose.gaussian.oracles import GaussianDenoiser
 from osmose.gaussian.schedule import CosineSchedule, LinearSchedule
+from osmose.gaussian.solvers import Ancestral, State
 from osmose.methods import METHODS
 from osmose.methods.diffusion import DDPMConfig, EDMConfig
 from osmose.methods.surrogate import LowResolutionSource, Rough, RunSource, StoredSource, SurrogateConfig
@@ -106,6 +108,39 @@ def test_the_variance_of_a_gaussian_pair(step):
     gain, noise = law(model, step)
     for v in (0.01, 1.0, 4.0):
         assert gain**2 * v + noise == pytest.approx(a * (a * v + 1 - a) + 1 - a - beta_1, rel=1e-9)
+
+
+class Exact(Ancestral):
+    """The chain with the exact reverse variance of N(0, s^2): btilde and what x0 varies by, given x_t."""
+
+    def run(self, denoise, x, grid, noise):
+        v = float(denoise.denoiser.variances)
+        for t, s in grid.steps():
+            step, x0 = reverse_step(t, s), denoise(x, t)
+            x = step.keep * x + step.pull * x0
+            if s.sigma > 0:
+                hidden = v * t.sigma**2 / (t.alpha**2 * v + t.sigma**2)
+                x = x + (step.btilde + step.pull**2 * hidden) ** 0.5 * noise()
+            yield State(x, x0)
+
+
+@pytest.mark.parametrize("step", [50, 250, 500, 1000])
+def test_mean_and_variance_with_the_exact_reverse_variance(step):
+    """Data N(0, s^2 = 1/4), surrogate of variance v = 0.01, M = a s^2 + 1 - a."""
+    model = on_the_line(0.25, num_steps=1000, t_mid=step / 1000)
+    sampling = model.sampling().model_copy(update={"solver": Exact()})
+    model.generator, noise = Point(0.0), Impulses(step)
+    noisy = model.generate(noise, sampling, None, quiet)[0]
+    model.generator = Point(1.0)
+    gain = float((model.generate(Impulses(step), sampling, None, quiet)[0] - noisy)[0])
+    a, s2, v = abar(model, step / 1000), 0.25, 0.01
+    M, beta_1 = a * s2 + 1 - a, 1 - abar(model, 1 / 1000)
+    assert gain == pytest.approx(a * s2 / M, rel=1e-9)
+    wanted = (a * s2**2 / M**2) * (a * v + 1 - a) + s2 * (1 - a) / M
+    # the last step adds no noise: what it leaves out is the variance of x0 given x_1
+    assert gain**2 * v + float(noisy.square().sum()) == pytest.approx(
+        wanted - beta_1 * s2 / (s2 * (1 - beta_1) + beta_1), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("solver", ["ddim", "heun", "dpmpp-2m"])
