@@ -47,12 +47,12 @@ def test_help_of_a_command_explains_every_argument(osmose, verb):
     words = " ".join(answer.out.replace("│", " ").replace("|", " ").split())
     assert command.__doc__.strip().splitlines()[0] in words
     for name, kind in get_type_hints(command, include_extras=True).items():
-        (said,) = [part.help for part in getattr(kind, "__metadata__", ()) if hasattr(part, "help")] or [None]
+        (said,) = [part for part in getattr(kind, "__metadata__", ()) if hasattr(part, "help")] or [None]
         if said is None:
             assert name == "overrides"
             continue
-        assert f"--{name.replace('_', '-')} " in words or Positional in kind.__metadata__
-        assert " ".join(said.split()) in words
+        assert f"--{said.name or name.replace('_', '-')} " in words or Positional in kind.__metadata__
+        assert " ".join(said.help.split()) in words
 
 
 def test_version(osmose):
