@@ -35,6 +35,14 @@ def runs(tmp_path_factory):
     make("tiny", "ddpm", DataConfig(source="digits", downsample=4))
     make("told", "ddpm", "digits", conditional=True)
     make("moons", "ddpm", "toy:two-moons")
+    for name in ("one", "other"):
+        images = np.random.default_rng(len(name)).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+        np.savez(folder / f"{name}.npz", images=images)
+        (folder / name).mkdir()
+        (folder / f"{name}.npz").rename(folder / name / "same.npz")
+    make("one-large", "ddpm", f"npz:{folder / 'one' / 'same.npz'}")
+    make("one-small", "ddpm", DataConfig(source=f"npz:{folder / 'one' / 'same.npz'}", downsample=2))
+    make("other-small", "ddpm", DataConfig(source=f"npz:{folder / 'other' / 'same.npz'}", downsample=2))
     train("gaussian", "digits", folder / "gaussian", progress=False)
     train("gaussian", DataConfig(source="digits", downsample=2), folder / "small-gaussian", progress=False)
     (folder / "empty").mkdir()
@@ -90,6 +98,13 @@ def test_a_run_on_smaller_images_is_handed_over(runs, tmp_path, name, factor):
     generator = made.config.method.generator
     assert (generator.kind, generator.factor) == ("low-resolution", factor)
     assert load(made.folder).sample(3).data.shape == (3, 1, 8, 8)
+
+
+def test_images_of_one_name_are_told_apart_by_their_hash(runs, tmp_path):
+    surrogate(runs / "one-large", runs / "one-small", tmp_path / "pair", t_mid=0.5)
+    large, small, other = (Run.open(runs / name).config.identity for name in ("one-large", "one-small", "other-small"))
+    assert small.full_sha256 == large.sha256 != other.full_sha256
+    assert (small.source, small.num_train) == (other.source, other.num_train)
 
 
 def test_stored_samples(runs, tmp_path):

@@ -152,7 +152,7 @@ def _source(run: Run, other: Run) -> Source:
         return RunSource.parse({"method": theirs.method.to_json(), **origin})
     small, large = theirs.data.downsample, ours.data.downsample
     factor = (small or 1) // (large or 1)
-    if factor > 1 and _items(ours) == _items(theirs):
+    if factor > 1 and theirs.identity.full_sha256 == (ours.identity.full_sha256 or ours.identity.sha256):
         spec = theirs.spec.to_json()
         values = {"method": theirs.method.to_json(), "spec": spec, "factor": factor}
         return LowResolutionSource.parse({**values, **origin})
@@ -166,13 +166,6 @@ def _source(run: Run, other: Run) -> Source:
                 f"--with: {other.folder} was trained on data of another {name}, {there}, than {run.folder}, {here}"
             )
     raise UserError(f"--with: {other.folder} was trained on other data than {run.folder} (their hashes differ)")
-
-
-def _items(config: RunConfig) -> tuple[Any, ...]:
-    """What two resolutions of the same images have in common."""
-    identity, spec = config.identity, config.spec
-    form = spec.kind, spec.range, spec.shift, spec.scale, spec.num_classes
-    return identity.source, identity.num_train, identity.num_held_out, identity.split, *form
 
 
 def _stored(path: Path, spec: DataSpec) -> tuple[Source, Tensor]:

@@ -97,6 +97,7 @@ class DataIdentity(Config):
     num_train: int
     num_held_out: int
     split: str = Field(description="how the held-out part was chosen, in words")
+    full_sha256: str | None = Field(None, description="of downsampled images: the hash of the images as they were read")
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Dataset:
         split: how the held-out part was chosen, in words.
         source: the `--data` argument, without private folders.
         class_names: one per class, or None.
+        full_sha256: of downsampled images, the hash of the images as they were read.
     """
 
     source: str
@@ -119,6 +121,7 @@ class Dataset:
     train_labels: Tensor | None = None
     held_out_labels: Tensor | None = None
     class_names: tuple[str, ...] | None = None
+    full_sha256: str | None = None
 
     @property
     def identity(self) -> DataIdentity:
@@ -134,6 +137,7 @@ class Dataset:
             num_train=len(self.train),
             num_held_out=len(self.held_out),
             split=self.split,
+            full_sha256=self.full_sha256,
         )
 
     def downsampled(self, factor: int) -> Dataset:
@@ -165,6 +169,7 @@ class Dataset:
             spec=self.spec.replace(shape=(channels, height // factor, width // factor), levels=None),
             train=averaged(self.train),
             held_out=averaged(self.held_out),
+            full_sha256=self.full_sha256 or self.identity.sha256,
         )
 
     def part(self, name: Literal["train", "held-out"]) -> tuple[Tensor, Tensor | None]:
