@@ -197,7 +197,7 @@ def test_refused(dataset):
         start("gaussian", conditional=True)
     with pytest.raises(UserError, match="class-means: needs data with classes, and these have none; take gaussian"):
         ClassMeansConfig().build(PIXELS)
-    with pytest.raises(UserError, match="class-means: needs the class of every training item"):
+    with pytest.raises(UserError, match="data: the class of every training item is needed"):
         ClassMeansConfig().build(POINTS).prepare([Batch(drawn()[0])])
     with pytest.raises(UserError, match="num_steps: 4 given, but gaussian samples in one go"):
         GaussianConfig().build(PIXELS).sample(1, num_steps=4)
