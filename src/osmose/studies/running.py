@@ -23,25 +23,23 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from osmose.data.dataset import DataConfig, Dataset
-from osmose.errors import UserError, nearest
+from osmose.data.dataset import Dataset
+from osmose.errors import UserError
 from osmose.gaussian.draws import mix
 from osmose.studies import STUDIES
+from osmose.studies.planning import cells_of, load, missing_of, tasks_of
 from osmose.studies.progress import Progress
-from osmose.studies.report import commit, write_report
-from osmose.studies.study import Cell, Results, Row, Study, Trained
+from osmose.studies.report import write_report
+from osmose.studies.study import Results, Row, Study, Trained
 from osmose.studies.task import Task
 from osmose.studies.workers import run_all
 from osmose.training import files
 from osmose.training.config import RunConfig
-from osmose.training.recipes import checked, recipe
 from osmose.training.run import Run, versions
 from osmose.training.trainer import Trainer
 
@@ -106,8 +104,8 @@ def run_study(
         raise UserError(f"--jobs: {jobs} is not valid: must be at least 1")
     mark = {"format": "osmose-study-1", "study": name, "form": "quick" if quick else "full"}
     _require_ours(folder, mark)
-    cells = _cells(study)
-    tasks = _tasks(study, name, cells, only, folder, data_root, torch.device(device))
+    cells = cells_of(study)
+    tasks = tasks_of(study, name, cells, only, folder, data_root, torch.device(device))
     if not (folder / "study.json").is_file():
         files.write_json(folder / "study.json", mark)
     with _alone(folder), _terminating(), Progress(progress) as shown:
@@ -118,7 +116,7 @@ def run_study(
                     shown.note(f"{task.label}: was run before; it is run again from the beginning")
                     _remove(task.run_folder)
                     task.path.unlink()
-        missing = _missing(tasks)
+        missing = missing_of(tasks)
         _write_configs([*tasks, *missing], whole=not only)
         failures = _run(missing, len({task.label for task in [*tasks, *missing]}), jobs, shown)
     outcome = Outcome(folder, failures=failures)
@@ -142,30 +140,6 @@ def run_study(
     return outcome
 
 
-def _cells(study: Study) -> list[Cell]:
-    """The study's cells, checked against each other and the claims."""
-    cells = study.cells()
-    names = [cell.name for cell in cells]
-    if len(set(names)) < len(names):
-        raise ValueError(f"cells {names}: every name has to be different")
-    for claim in study.claims():
-        missing = set(claim.cells) - set(names)
-        if missing and not study.quick:
-            raise ValueError(f"claim {claim.text!r} names {missing}, which the study does not have")
-    trained = [cell.name for cell in cells if cell.method is not None]
-    for cell in cells:
-        for used in cell.uses:
-            if used not in names:
-                raise ValueError(f"cell {cell.name!r} uses {used!r}, which the study does not have")
-            if used not in trained:
-                raise ValueError(f"cell {cell.name!r} uses {used!r}, which has no run (its method is None)")
-    try:
-        TopologicalSorter({cell.name: cell.uses for cell in cells}).prepare()
-    except CycleError as error:
-        raise ValueError(f"cells {error.args[1]} use each other in a circle") from None
-    return cells
-
-
 def _require_ours(folder: Path, mark: dict[str, Any]) -> None:
     """Refuse a folder that holds anything but this study in this form.
 
@@ -183,78 +157,6 @@ def _require_ours(folder: Path, mark: dict[str, Any]) -> None:
         raise UserError(f"--out: {folder} is the folder of {what}, not of {ours}; choose another folder")
 
 
-def _tasks(
-    study: Study,
-    name: str,
-    cells: list[Cell],
-    only: str | None,
-    folder: Path,
-    data_root: Path | str | None,
-    device: torch.device,
-) -> list[Task]:
-    """Every cell of every seed, seed by seed; of `only` its own. Each holds those that it uses.
-
-    Raises:
-        UserError: an unknown cell or seed, missing data, a configuration that is refused.
-    """
-    cell_name, _, seed_text = (only or "").partition("/")
-    names, seeds = [cell.name for cell in cells], study.seeds()
-    if only and cell_name not in names:
-        raise UserError(f"--only: unknown cell {cell_name!r}; {nearest(cell_name, names)}")
-    if seed_text and seed_text not in map(str, seeds):
-        raise UserError(
-            f"--only: {seed_text!r} is not a seed of this study; choose one of {', '.join(map(str, seeds))}"
-        )
-    here, by_name = commit(), {cell.name: cell for cell in cells}
-
-    @cache
-    def made(which: str) -> dict[int, Task]:
-        """The tasks of the cell of this name, by seed."""
-        cell = by_name[which]
-        given = cell.data if isinstance(cell.data, DataConfig) else DataConfig.parse({"source": cell.data})
-        data = given.replace(root=data_root)
-        dataset = _load(data)
-        config = None
-        if cell.method is not None:
-            try:
-                config = checked(_config(cell, data, dataset, seeds[0]))
-            except UserError as error:  # what a configuration calls method.network is network in a cell's changes
-                raise UserError(f"cell {cell.name}: {str(error).removeprefix('method.')}") from None
-        sha256 = dataset.identity.sha256
-        found = {}
-        for seed in seeds:
-            if seed_text in ("", str(seed)):
-                own = None if config is None else config.replace(seed=seed)
-                uses = tuple(made(used)[seed] for used in cell.uses)
-                found[seed] = Task(name, study.quick, cell, seed, data, sha256, own, folder, device, here, uses)
-        return found
-
-    tasks = [task for which in ([cell_name] if only else names) for task in made(which).values()]
-    return sorted(tasks, key=lambda task: seeds.index(task.seed))
-
-
-def _config(cell: Cell, data: DataConfig, dataset: Dataset, seed: int) -> RunConfig:
-    """The recipe with the cell's changes, in float32 on every machine; what serves people is left to the end."""
-    assert cell.method is not None
-    config = recipe(cell.method, data, dataset, seed, cell.changes)
-    steps = max(1, config.training.steps)
-    quiet = {
-        "training.validate_every": steps,
-        "training.preview_every": steps,
-        "training.preview_samples": 1,
-        "training.checkpoint_every": -(-steps // 4),
-        "training.keep_checkpoints": 1,
-        "training.precision": "fp32",
-    }
-    changed: RunConfig = config.replace(**{name: value for name, value in quiet.items() if name not in cell.changes})
-    return changed
-
-
-@lru_cache(maxsize=4)
-def _load(data: DataConfig) -> Dataset:
-    return data.load()
-
-
 def _write_configs(tasks: list[Task], whole: bool) -> None:
     """configs/CELL.json for the cells of the tasks; where these are the whole study, other cells' are removed."""
     folder = tasks[0].folder / "configs"
@@ -264,22 +166,6 @@ def _write_configs(tasks: list[Task], whole: bool) -> None:
     for path in folder.glob("*.json"):
         if whole and path.stem not in first:
             path.unlink()
-
-
-def _missing(tasks: list[Task]) -> list[Task]:
-    """Those that have no measurement, each after what it uses, as far as that has no measurement or no run any more."""
-    found: dict[str, Task] = {}
-
-    def add(task: Task) -> None:
-        for used in task.uses:
-            if used.measurement() is None or not used.run_folder.exists():
-                add(used)
-        found.setdefault(task.label, task)
-
-    for task in tasks:
-        if task.measurement() is None:
-            add(task)
-    return list(found.values())
 
 
 def _run(missing: list[Task], total: int, jobs: int, shown: Progress) -> list[str]:
@@ -315,7 +201,7 @@ def do(task: Task) -> None:
             raise UserError(f"it uses {used.label}, which has failed")
     task.path.unlink(missing_ok=True)  # where a measurement is, the run that it was made with is whole
     study: Study = STUDIES.resolve(task.study)(task.quick)
-    dataset = _load(task.data)
+    dataset = load(task.data)
     run, from_step = None, 0
     began = _clock()
     with warnings.catch_warnings():
