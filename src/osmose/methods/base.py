@@ -329,6 +329,31 @@ class GenerativeModel(nn.Module, ABC):
         return given
 
 
+class OneShot(GenerativeModel):
+    """A model that draws a sample at once, without steps.
+
+    Attributes:
+        evaluations: of its networks, for each sample.
+    """
+
+    evaluations: ClassVar[int] = 1
+
+    @abstractmethod
+    def draw(self, draws: Draws, condition: Tensor | None) -> Tensor:
+        """`draws.count` samples in the model's units, of given classes or, for None, of any."""
+
+    def generate(
+        self,
+        draws: Draws,
+        sampling: SamplingConfig,  # noqa: ARG002
+        condition: Tensor | None,
+        on_step: OnStep,
+    ) -> tuple[Tensor, int]:
+        x = self.draw(draws, condition)
+        on_step(1, 1)
+        return x, self.evaluations
+
+
 class _evaluating:  # noqa: N801 - a context manager, named as it is used
     """Evaluation mode inside, the previous mode after."""
 

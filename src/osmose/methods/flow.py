@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import Draws
-from osmose.methods.base import Batch, GenerativeModel, LossTerms, MethodConfig, OnStep, SamplingConfig
+from osmose.methods.base import Batch, LossTerms, MethodConfig, OneShot
 from osmose.methods.moments import Moments, level_step, require_affordable
 
 
@@ -52,7 +52,7 @@ class FlowConfig(MethodConfig):
         return Flow(self, spec)
 
 
-class Flow(GenerativeModel):
+class Flow(OneShot):
     """See the module's text. Before `prepare`, the whitening is the identity.
 
     Attributes:
@@ -128,16 +128,8 @@ class Flow(GenerativeModel):
         log_p = log_det - (z.square() + math.log(2 * math.pi)).sum(1) / 2
         return LossTerms(-log_p / self.spec.dimension)
 
-    def generate(
-        self,
-        draws: Draws,
-        sampling: SamplingConfig,  # noqa: ARG002
-        condition: Tensor | None,
-        on_step: OnStep,
-    ) -> tuple[Tensor, int]:
-        x = self.invert(draws.normal(self.spec.shape).flatten(1).to(self.mean), condition)
-        on_step(1, 1)
-        return x, 1
+    def draw(self, draws: Draws, condition: Tensor | None) -> Tensor:
+        return self.invert(draws.normal(self.spec.shape).flatten(1).to(self.mean), condition)
 
 
 def _layers(config: FlowConfig, features: int, classes: int) -> Any:

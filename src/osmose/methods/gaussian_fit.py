@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import field_validator
@@ -19,11 +19,23 @@ from torch import Tensor, nn
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import Draws
-from osmose.methods.base import Batch, GenerativeModel, LossTerms, MethodConfig, OnStep, SamplingConfig
+from osmose.methods.base import Batch, LossTerms, MethodConfig, OneShot
 from osmose.methods.moments import Moments, require_affordable
 
 
-class GaussianConfig(MethodConfig):
+class _FittedConfig(MethodConfig):
+    """A method without a step of training."""
+
+    @classmethod
+    def recipe(cls, spec: DataSpec, data_std: float) -> dict[str, Any]:  # noqa: ARG003
+        return {}
+
+    @classmethod
+    def training_recipe(cls, spec: DataSpec) -> dict[str, Any]:  # noqa: ARG003
+        return {"steps": 0}
+
+
+class GaussianConfig(_FittedConfig):
     """One Gaussian with the mean and the covariance of the data."""
 
     kind: Literal["gaussian"] = "gaussian"
@@ -35,30 +47,14 @@ class GaussianConfig(MethodConfig):
             raise ValueError("one Gaussian knows no classes; class-means does")
         return conditional
 
-    @classmethod
-    def recipe(cls, spec: DataSpec, data_std: float) -> dict[str, Any]:  # noqa: ARG003
-        return {}
-
-    @classmethod
-    def training_recipe(cls, spec: DataSpec) -> dict[str, Any]:  # noqa: ARG003
-        return {"steps": 0}
-
     def build(self, spec: DataSpec) -> GaussianFit:
         return GaussianFit(self, spec, 1)
 
 
-class ClassMeansConfig(MethodConfig):
+class ClassMeansConfig(_FittedConfig):
     """A Gaussian around the mean of each class, all with the covariance within classes."""
 
     kind: Literal["class-means"] = "class-means"
-
-    @classmethod
-    def recipe(cls, spec: DataSpec, data_std: float) -> dict[str, Any]:  # noqa: ARG003
-        return {}
-
-    @classmethod
-    def training_recipe(cls, spec: DataSpec) -> dict[str, Any]:  # noqa: ARG003
-        return {"steps": 0}
 
     def build(self, spec: DataSpec) -> GaussianFit:
         if not spec.num_classes:
@@ -66,7 +62,7 @@ class ClassMeansConfig(MethodConfig):
         return GaussianFit(self, spec, spec.num_classes)
 
 
-class GaussianFit(GenerativeModel):
+class GaussianFit(OneShot):
     """See the module's text. Before `prepare`, standard normal.
 
     Attributes:
@@ -74,6 +70,8 @@ class GaussianFit(GenerativeModel):
         means: mu_k in model units, shape (K, D).
         scale_tril: lower triangular L with L L^T = S, shape (D, D).
     """
+
+    evaluations: ClassVar[int] = 0
 
     def __init__(self, config: MethodConfig, spec: DataSpec, num_components: int):
         super().__init__(config, spec)
@@ -113,18 +111,11 @@ class GaussianFit(GenerativeModel):
             log_p = (self.weights.cpu().double().log() + densities).logsumexp(1)
         return LossTerms((-log_p / self.spec.dimension).to(batch.x0))
 
-    def generate(
-        self,
-        draws: Draws,
-        sampling: SamplingConfig,  # noqa: ARG002
-        condition: Tensor | None,
-        on_step: OnStep,
-    ) -> tuple[Tensor, int]:
+    def draw(self, draws: Draws, condition: Tensor | None) -> Tensor:
         z = draws.normal(self.spec.shape).flatten(1).to(self.means)
         if condition is None:
             cumulated = self.weights.cpu().double().cumsum(0)
             u = draws.branch("component").uniform() * cumulated[-1]
             condition = torch.searchsorted(cumulated, u, right=True).clamp(max=len(cumulated) - 1).to(z.device)
         x = self.means[condition] + z @ self.scale_tril.T
-        on_step(1, 1)
-        return x.view(-1, *self.spec.shape), 0
+        return x.view(-1, *self.spec.shape)

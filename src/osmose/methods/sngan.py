@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from osmose.data.dataset import DataSpec
 from osmose.gaussian.draws import Draws
-from osmose.methods.base import Batch, GenerativeModel, LossTerms, MethodConfig, OnStep, SamplingConfig
+from osmose.methods.base import Batch, LossTerms, MethodConfig, OneShot
 from osmose.networks.resnet import Contracting, Expanding, channels_for
 
 
@@ -49,7 +49,7 @@ class SNGANConfig(MethodConfig):
         return SNGAN(self, spec)
 
 
-class SNGAN(GenerativeModel):
+class SNGAN(OneShot):
     """See the module's text.
 
     With classes the generator takes z plus a vector of the class, and the critic's last layer has an output for all
@@ -95,16 +95,8 @@ class SNGAN(GenerativeModel):
         self.updates.add_(1)
         self.critic.iterate()
 
-    def generate(
-        self,
-        draws: Draws,
-        sampling: SamplingConfig,  # noqa: ARG002
-        condition: Tensor | None,
-        on_step: OnStep,
-    ) -> tuple[Tensor, int]:
-        x = self._items(draws.normal((self.config.latent,)), condition)
-        on_step(1, 1)
-        return x, 1
+    def draw(self, draws: Draws, condition: Tensor | None) -> Tensor:
+        return self._items(draws.normal((self.config.latent,)), condition)
 
     def _items(self, z: Tensor, condition: Tensor | None) -> Tensor:
         """G(z), model units, inside the data's range where there is one."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from osmose.data.dataset import DataSpec
 from osmose.gaussian.draws import Draws
-from osmose.methods.base import Batch, GenerativeModel, LossTerms, MethodConfig, OnStep, SamplingConfig
+from osmose.methods.base import Batch, LossTerms, MethodConfig, OneShot
 from osmose.networks.resnet import Contracting, Expanding, channels_for
 
 #: log sigma^2 for each unit of its parameter. Adam moves every parameter by about the learning rate a step, and this
@@ -42,7 +42,7 @@ class VAEConfig(MethodConfig):
         return VAE(self, spec)
 
 
-class VAE(GenerativeModel):
+class VAE(OneShot):
     """See the module's text. With classes, a vector of the item's class is added to z, and another to m(x), log s(x)^2.
 
     Attributes:
@@ -82,16 +82,8 @@ class VAE(GenerativeModel):
         kl = (mean.square() + log_variance.exp() - log_variance - 1).sum(1) / (2 * dimension)
         return LossTerms(reconstruction + kl, parts={"reconstruction": reconstruction.detach(), "kl": kl.detach()})
 
-    def generate(
-        self,
-        draws: Draws,
-        sampling: SamplingConfig,  # noqa: ARG002
-        condition: Tensor | None,
-        on_step: OnStep,
-    ) -> tuple[Tensor, int]:
-        x = self._decode(draws.normal((self.config.latent,)), condition)
-        on_step(1, 1)
-        return x, 1
+    def draw(self, draws: Draws, condition: Tensor | None) -> Tensor:
+        return self._decode(draws.normal((self.config.latent,)), condition)
 
     def _encode(self, x0: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """M(x) and log s(x)^2, each (B, latent), in the precision of x0."""
