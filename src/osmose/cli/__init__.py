@@ -16,6 +16,11 @@ COMMANDS = {
         "osmose.cli.hand_over:HandOver",
         "score against speed for every time at which a surrogate enters a diffusion",
     ),
+    "distill tract": (
+        "osmose.cli.distill:Tract",
+        "teach a run to sample in a few steps, in few phases of any length",
+    ),
+    "distill btd": ("osmose.cli.distill:BTD", "teach a run to sample in a few steps, halving them phase by phase"),
     "surrogate": ("osmose.cli.surrogate:Surrogate", "let a diffusion finish the rough samples of something cheap"),
     "study": ("osmose.cli.study:Study", "run a table or figure of a paper again, and check its claims"),
     "info": ("osmose.cli.info:Info", "describe a run, a network or a data set"),

@@ -87,6 +87,7 @@ class Info:
 
     def _run(self, folder: Path) -> Result:
         from osmose.methods import COMPOSED
+        from osmose.methods.time_distillation import TimeDistillation
         from osmose.metrics.evaluation import headline, read_evaluations
         from osmose.training.checkpoint import Checkpoints
         from osmose.training.run import Run
@@ -94,6 +95,8 @@ class Info:
         run = Run.open(folder)
         config = run.config
         model = run.model() if run.weights.is_file() else config.method.build(config.spec)
+        if isinstance(model, TimeDistillation):
+            model.begin(model.learner)  # any network of its kind costs what the teacher did
         cost, costs = _cost(model, config.training)
         evaluations = read_evaluations(run)
         checkpoints = Checkpoints(run, config.training.keep_checkpoints).all()

@@ -14,10 +14,10 @@ from osmose.cli.command import Result, quiet_warnings
 from osmose.configuration import ConfigError, override, value_at
 from osmose.data import SOURCES
 from osmose.errors import UserError
-from osmose.methods import COMPOSED, METHODS
+from osmose.methods import COMPOSED, DISTILLED, METHODS
 from osmose.networks import NETWORKS
 
-_TRAINED = ", ".join(kind for kind in METHODS.entries if kind not in COMPOSED)
+_TRAINED = ", ".join(kind for kind in METHODS.entries if kind not in (*COMPOSED, *DISTILLED))
 #: Flags that are another way to write an override.
 _SAID = {
     "data": "data.source",

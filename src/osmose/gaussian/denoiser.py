@@ -84,6 +84,13 @@ class NetworkDenoiser(nn.Module):
         output, share = self.outputs(x_t, level, condition)
         return self.denoised(output, x_t, level), share
 
+    def probe(self, items: int, shape: tuple[int, ...], conditional: bool) -> None:
+        """Run the network once on some input for so many items of a shape: what is counted and timed."""
+        device = next(self.parameters()).device
+        x = torch.randn(items, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+        condition = torch.zeros(items, dtype=torch.int64, device=device) if conditional else None
+        self.network(x, torch.full((items,), 500.0, device=device), condition)
+
 
 class Conditioned:
     """A denoiser with its condition filled in, and its result kept inside the data's range where one is given.

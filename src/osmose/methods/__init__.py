@@ -31,10 +31,21 @@ METHODS = Registry(
             "variational autoencoder with a learned variance (Kingma and Welling 2013)",
         ),
         "surrogate": ("osmose.methods.surrogate:SurrogateConfig", "a chain that is entered with rough samples"),
+        "tract": (
+            "osmose.methods.time_distillation:TractConfig",
+            "a student that jumps as far as its teacher goes in any number of steps (Berthelot et al. 2023)",
+        ),
+        "btd": (
+            "osmose.methods.time_distillation:BTDConfig",
+            "a student that does two steps of its teacher in one (Salimans and Ho 2022)",
+        ),
+        "distilled": ("osmose.methods.students:DistilledConfig", "the students of all phases of a distillation"),
     },
 )
 #: Methods that are put together from other runs instead of being trained.
-COMPOSED = ("surrogate",)
+COMPOSED = ("surrogate", "distilled")
+#: Methods that are trained on another run: `osmose distill`.
+DISTILLED = ("tract", "btd")
 TIME_SAMPLERS = Registry(
     "time sampler",
     {

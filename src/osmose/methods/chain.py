@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import Tensor
 
 from osmose.gaussian import SOLVERS
+from osmose.gaussian.denoiser import NetworkDenoiser
 from osmose.gaussian.draws import Draws
 from osmose.gaussian.grid import Spacing
 from osmose.gaussian.schedule import Level, Schedule
@@ -32,9 +33,15 @@ class ChainModel(GenerativeModel):
 
     Attributes:
         schedule: the noise schedule.
+        denoiser: E[x0 | x_t], what distillation, analysis and guidance work with.
     """
 
     schedule: Schedule
+    denoiser: NetworkDenoiser
+
+    @abstractmethod
+    def noise(self, draws: Draws) -> Tensor:
+        """The standard noise of the items, (draws.count, *event); chains begin at it, times `schedule.prior_std`."""
 
     @abstractmethod
     def entry(self, t: float, sampling: GaussianSampling) -> Level[float]:

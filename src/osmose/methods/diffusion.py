@@ -118,12 +118,7 @@ class EDMConfig(DiffusionConfig):
 
 
 class Diffusion(ChainModel):
-    """See `DiffusionConfig`.
-
-    Attributes:
-        denoiser: E[x0 | x_t], what distillation, analysis and guidance work with.
-        schedule: the noise schedule.
-    """
+    """See `DiffusionConfig`."""
 
     config: DiffusionConfig
 
@@ -176,11 +171,10 @@ class Diffusion(ChainModel):
         return [self.denoiser.network]
 
     def probe(self, items: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(items, *self.spec.shape, generator=generator).to(self.device)
-        label = torch.full((items,), 500.0, device=self.device)
-        condition = torch.zeros(items, dtype=torch.int64, device=self.device) if self.config.conditional else None
-        self.denoiser.network(x, label, condition)
+        self.denoiser.probe(items, self.spec.shape, self.config.conditional)
+
+    def noise(self, draws: Draws) -> Tensor:
+        return self.config.noise.sample(draws, self.spec.shape)
 
     def loss(self, batch: Batch, draws: Draws) -> LossTerms:
         t, weight = self.times.draw(draws)
@@ -190,12 +184,12 @@ class Diffusion(ChainModel):
 
     def _losses(self, batch: Batch, t: Tensor, draws: Draws) -> LossTerms:
         """The objective at given times, as the time sampler sees it: without importance weights."""
-        first = self.config.noise.sample(draws, self.spec.shape).to(batch.x0.dtype)
+        first = self.noise(draws).to(batch.x0.dtype)
 
         def noise(index: int) -> Tensor:
             if index == 0:
                 return first
-            return self.config.noise.sample(draws.branch("noise", index), self.spec.shape).to(batch.x0.dtype)
+            return self.noise(draws.branch("noise", index)).to(batch.x0.dtype)
 
         terms = self.config.objective.losses(self._problem, batch, t, noise)
         if self.training:
@@ -238,7 +232,7 @@ class Diffusion(ChainModel):
         table, x0_error, eps_error = (torch.empty(n, steps, dtype=torch.float64) for _ in range(3))
         for index in range(steps):
             level = chain.levels[index]
-            eps = self.config.noise.sample(draws, self.spec.shape).to(x0.dtype)
+            eps = self.noise(draws).to(x0.dtype)
             x0_hat, share = self.denoiser.with_variance(noised(x0, eps, level), level, batch.condition)
             eps_error[:, index] = (x0 - x0_hat).square().flatten(1).mean(1) * (level.alpha / level.sigma) ** 2
             if clip and self.spec.model_range is not None:
@@ -256,7 +250,7 @@ class Diffusion(ChainModel):
     ) -> tuple[Tensor, int]:
         assert isinstance(sampling, GaussianSampling)
         grid = self._grid(sampling)
-        x = self.config.noise.sample(draws, self.spec.shape) * self.schedule.prior_std
+        x = self.noise(draws) * self.schedule.prior_std
         return self._run(x, grid.levels, draws, sampling, self._denoise(sampling, condition), on_step)
 
     def entry(self, t: float, sampling: GaussianSampling) -> Level[float]:
@@ -289,7 +283,7 @@ class Diffusion(ChainModel):
         self, x0: Tensor, t: float, draws: Draws, sampling: GaussianSampling, condition: Tensor | None
     ) -> Tensor:
         level = self.entry(t, sampling)
-        x_t = noised(x0, self.config.noise.sample(draws, self.spec.shape), level)
+        x_t = noised(x0, self.noise(draws), level)
         return self._denoise(sampling, condition)(x_t, level)
 
     def refine(
@@ -302,7 +296,7 @@ class Diffusion(ChainModel):
         on_step: OnStep,
     ) -> tuple[Tensor, int]:
         levels, start = self._grid(sampling).levels, self.entry(t, sampling)
-        x = noised(x0, self.config.noise.sample(draws, self.spec.shape), start)
+        x = noised(x0, self.noise(draws), start)
         levels = levels[levels.index(start) :]
         return self._run(x, levels, draws, sampling, self._denoise(sampling, condition), on_step)
 
@@ -311,7 +305,7 @@ class Diffusion(ChainModel):
     ) -> tuple[Tensor, int]:
         last, denoise = self.level_at(ratio, sampling), self._denoise(sampling, condition)
         levels = (*(level for level in self._grid(sampling).levels[:-1] if level.t > last.t + _SAME_TIME), last)
-        x = self.config.noise.sample(draws, self.spec.shape) * self.schedule.prior_std
+        x = self.noise(draws) * self.schedule.prior_std
         x, _ = self._run(x, levels, draws, sampling, denoise, lambda done, of: on_step(done, of + 1))
         x0 = denoise(x, levels[-1])
         on_step(len(levels), len(levels))
@@ -337,10 +331,7 @@ class Diffusion(ChainModel):
         if warning := solver.warning(sampling.num_steps, self.schedule.native_steps):
             warnings.warn(warning, stacklevel=2)
 
-        def noise() -> Tensor:
-            return self.config.noise.sample(draws, self.spec.shape)
-
-        for step, state in enumerate(solver.run(denoise, x, grid, noise), 1):
+        for step, state in enumerate(solver.run(denoise, x, grid, lambda: self.noise(draws)), 1):
             x = state.x
             on_step(step, grid.num_steps)
         return x, denoise.calls

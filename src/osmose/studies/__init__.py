@@ -25,6 +25,12 @@ STUDIES = Registry(
             "osmose.studies.surrogate:SurrogateStudy",
             "a chain entered in the middle with rough samples: speed against score",
         ),
+        "tract": (
+            "osmose.studies.tract:Tract",
+            "a thousand steps distilled into one: TRACT in two phases against halving, at equal updates",
+        ),
+        "tract-phases": ("osmose.studies.tract_phases:TractPhases", "in how many phases a distillation is best cut"),
+        "tract-ema": ("osmose.studies.tract_ema:TractEMA", "how long the two averages of a TRACT student should be"),
         "vlb": ("osmose.studies.vlb:VLB", "the likelihood bound as the loss: gradient noise, bits, samples"),
     },
 )

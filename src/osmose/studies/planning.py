@@ -8,13 +8,18 @@ from pathlib import Path
 
 import torch
 
+from osmose.acceleration.plan import Plan, plan
 from osmose.data.dataset import DataConfig, Dataset
 from osmose.errors import UserError, nearest
+from osmose.methods import DISTILLED
 from osmose.studies.report import commit
 from osmose.studies.study import Cell, Study
 from osmose.studies.task import Task
-from osmose.training.config import RunConfig
+from osmose.training.config import Parent, RunConfig
 from osmose.training.recipes import checked, recipe
+
+#: Steps after which what serves people happens, but for the last one, when it happens always.
+_NEVER = 10**9
 
 
 def cells_of(study: Study) -> list[Cell]:
@@ -28,6 +33,9 @@ def cells_of(study: Study) -> list[Cell]:
         if missing and not study.quick:
             raise ValueError(f"claim {claim.text!r} names {missing}, which the study does not have")
     trained = [cell.name for cell in cells if cell.method is not None]
+    for cell in cells:
+        if cell.method in DISTILLED and not cell.uses:
+            raise ValueError(f"cell {cell.name!r} distils, but uses no cell that could be the teacher")
     for cell in cells:
         for used in cell.uses:
             if used not in names:
@@ -75,20 +83,38 @@ def tasks_of(
         config = None
         if cell.method is not None:
             try:
-                config = checked(_config(cell, data, dataset, seeds[0]))
+                if cell.method not in DISTILLED:
+                    config = checked(_config(cell, data, dataset, seeds[0]))
             except UserError as error:  # what a configuration calls method.network is network in a cell's changes
                 raise UserError(f"cell {cell.name}: {str(error).removeprefix('method.')}") from None
         sha256 = dataset.identity.sha256
         found = {}
         for seed in seeds:
             if seed_text in ("", str(seed)):
-                own = None if config is None else config.replace(seed=seed)
                 uses = tuple(made(used)[seed] for used in cell.uses)
+                own: RunConfig | Plan | None = None if config is None else config.replace(seed=seed)
+                if cell.method in DISTILLED:
+                    own = _plan(cell, uses[0], seed)
                 found[seed] = Task(name, study.quick, cell, seed, data, sha256, own, folder, device, here, uses)
         return found
 
     tasks = [task for which in ([cell_name] if only else names) for task in made(which).values()]
     return sorted(tasks, key=lambda task: seeds.index(task.seed))
+
+
+def _plan(cell: Cell, teacher: Task, seed: int) -> Plan:
+    """The distillation of a cell; the hash of the teacher is put in when it begins."""
+    assert cell.method is not None
+    assert teacher.config is not None, "cells that use others are checked to use runs"
+    known = teacher.config.result() if isinstance(teacher.config, Plan) else teacher.config
+    quiet = {f"training.{name}": _NEVER for name in ("validate_every", "preview_every")} | {
+        "training.preview_samples": 1
+    }
+    try:
+        parent = Parent(folder=teacher.run_folder.name, sha256="")
+        return plan(known, parent, cell.method, {"seed": seed} | quiet | dict(cell.changes))
+    except UserError as error:
+        raise UserError(f"cell {cell.name}: {error}") from None
 
 
 def _config(cell: Cell, data: DataConfig, dataset: Dataset, seed: int) -> RunConfig:

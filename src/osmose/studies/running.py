@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 
+from osmose.acceleration.distill import Distillation, parent_of
+from osmose.acceleration.plan import Plan
 from osmose.data.dataset import Dataset
 from osmose.errors import UserError
 from osmose.gaussian.draws import mix
@@ -39,7 +41,6 @@ from osmose.studies.study import Results, Row, Study, Trained
 from osmose.studies.task import Task
 from osmose.studies.workers import run_all
 from osmose.training import files
-from osmose.training.config import RunConfig
 from osmose.training.run import Run, versions
 from osmose.training.trainer import Trainer
 
@@ -207,7 +208,7 @@ def do(task: Task) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what the study chose on purpose
         if task.config is not None:
-            run, from_step = _trained(task, task.config, dataset)
+            run, from_step = _trained(task, dataset)
         training, began = _since(began), _clock()
         with torch.random.fork_rng():
             torch.manual_seed(mix(task.seed, "measure"))  # nothing that ran before in this process may show
@@ -232,11 +233,22 @@ def do(task: Task) -> None:
     files.write_json(task.path, measurement)
 
 
-def _trained(task: Task, config: RunConfig, dataset: Dataset) -> tuple[Run, int]:
-    """The finished run, and the step from which it was trained now."""
+def _trained(task: Task, dataset: Dataset) -> tuple[Run, int]:
+    """The finished run, and the step from which it was trained now; 0 of a distillation."""
     if task.has_other_run():
         _remove(task.run_folder)
-    run = Run.open(task.run_folder) if task.run_folder.exists() else Run.create(task.run_folder, config)
+    begun = task.run_folder.exists()
+    if isinstance(task.config, Plan):
+        teacher = task.teacher()
+        plan = task.config.model_copy(update={"teacher": parent_of(teacher)})
+        distillation = (
+            Distillation.open(task.run_folder, teacher) if begun else Distillation.begin(task.run_folder, teacher, plan)
+        )
+        if not distillation.carry_out(dataset, progress=False):
+            raise KeyboardInterrupt
+        return distillation.made, 0
+    assert task.config is not None
+    run = Run.open(task.run_folder) if begun else Run.create(task.run_folder, task.config)
     trainer = Trainer(run, dataset)
     from_step = trainer.step
     if not trainer.fit():

@@ -31,9 +31,11 @@ class Cell:
 
     Attributes:
         name: lower-case letters, digits, `.` and `-`: it names files.
-        method: what is trained, or None where nothing is and `measure` needs only the data.
+        method: what is trained, or None where nothing is and `measure` needs only the data. `tract` and `btd` distil
+            the run of the first cell in `uses`.
         data: as `--data`, or a `DataConfig` without a root.
-        changes: dotted overrides of the recipe, as for `recipe` (`{"network.width": 256, "training.steps": 500}`).
+        changes: dotted overrides of the recipe, as for `recipe` (`{"network.width": 256, "training.steps": 500}`); of a
+            distillation, what is said of it, as for `acceleration.plan.plan` (`{"schedule": [64, 8, 1]}`).
         settings: plain values that `measure` reads (`{"num_samples": 800}`). They belong to the cell's identity: when
             one changes, the cell is measured again, and not trained again.
         note: what the cell is there for, in words.

@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 
+from osmose.acceleration.plan import Plan
 from osmose.data.dataset import DataConfig
 from osmose.studies.study import Cell
 from osmose.training import files
 from osmose.training.config import RunConfig
+from osmose.training.run import Run
 
 
 @dataclass(frozen=True)
 class Task:
-    """One cell and seed, with all that a process of its own needs to do it; `uses` are those whose runs it measures."""
+    """One cell and seed, with all that a process of its own needs to do it; `uses` are those whose runs it needs."""
 
     study: str
     quick: bool
@@ -26,7 +28,7 @@ class Task:
     seed: int
     data: DataConfig
     identity: str
-    config: RunConfig | None
+    config: RunConfig | Plan | None
     folder: Path
     device: torch.device
     commit: str | None
@@ -48,17 +50,25 @@ class Task:
         return self.folder / "measurements" / f"{self.cell.name}-{self.seed}.json"
 
     def description(self) -> dict[str, Any]:
-        """What is trained, as plain JSON: the run's configuration; of a cell without a method, its data."""
+        """What is trained, as plain JSON: the run's configuration, or plan; of a cell without a method, its data."""
         if self.config is None:
             return {"data": self.data.to_json(), "data_sha256": self.identity, "seed": self.seed}
-        return without_versions(self.config.to_json())
+        return _what(self.config.to_json())
 
     def has_other_run(self) -> bool:
-        """Whether its run folder holds a run of another configuration, or one that was hardly begun."""
-        path = self.run_folder / "config.json"
+        """Whether its run folder holds a run of another configuration or teacher, or one that was hardly begun."""
+        distilled = isinstance(self.config, Plan)
+        path = self.run_folder / ("distillation.json" if distilled else "config.json")
         if not path.is_file():
             return self.run_folder.exists()
-        return without_versions(files.read_json(path)) != self.description()
+        held = files.read_json(path)
+        if distilled and held["teacher"]["sha256"] != self.teacher().hash():
+            return True
+        return _what(held) != self.description()
+
+    def teacher(self) -> Run:
+        """The run that its distillation begins with."""
+        return Run.open(self.uses[0].run_folder)
 
     def hash(self) -> str:
         """SHA-256 of all that its measurement depends on."""
@@ -75,6 +85,6 @@ class Task:
         return values if values.get("hash") == self.hash() else None
 
 
-def without_versions(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's configuration without what says who computed it."""
-    return {name: value for name, value in config.items() if name != "versions"}
+def _what(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's configuration without what says who computed it, a plan without the weights that it begins with."""
+    return {name: value for name, value in config.items() if name not in ("versions", "teacher")}

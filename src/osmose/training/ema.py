@@ -8,41 +8,42 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from osmose.networks.averaging import newest_share
+
 
 class EMA:
-    """Average of a module's parameters after each of n updates, with weights decay^(n - i) normalised to sum to 1.
+    """Average of a module's trainable parameters after each update, by `newest_share`.
 
-    The normalisation is Adam's bias correction (arXiv 1412.6980, section 3) applied to the weights: the initial
-    values have no share, and early averages are as meaningful as late ones. Buffers are copied, not averaged.
+    The initial values have no share, and early averages are as meaningful as late ones. Buffers and parameters that are
+    not trained are copied, not averaged.
     """
 
     def __init__(self, module: nn.Module, decay: float):
         self.module, self.decay, self.updates = module, decay, 0
-        self.average = {name: value.detach().clone() for name, value in module.named_parameters()}
+        trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        self.average = {name: value.detach().clone() for name, value in trained.items()}
         self._averages = list(self.average.values())
 
     @property
     def _live(self) -> list[Tensor]:
         # Looked up every time: whatever moves the module (accelerate, on several CPU processes) gives it new storage.
-        return [value.detach() for value in self.module.parameters()]
+        return [value.detach() for name, value in self.module.named_parameters() if name in self.average]
 
     def update(self) -> None:
         """Take in the module's current weights: call after each optimiser step."""
         self.updates += 1
-        share = (1 - self.decay) / (1 - self.decay**self.updates) if self.decay > 0 else 1.0
-        torch._foreach_lerp_(self._averages, self._live, share)
+        if self.average:
+            torch._foreach_lerp_(self._averages, self._live, newest_share(self.decay, self.updates))
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
         """The module with averaged weights inside, its own weights after, whatever happens in between."""
         kept = [value.clone() for value in self._live]
-        with torch.no_grad():
-            torch._foreach_copy_(self._live, self._averages)
+        _put(self._live, self._averages)
         try:
             yield self.module
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self._live, kept)
+            _put(self._live, kept)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by parameter name, and the module's buffers: weights to run the module with."""
@@ -53,3 +54,9 @@ class EMA:
         self.updates = updates
         for name, value in self.average.items():
             value.copy_(state[name])
+
+
+@torch.no_grad()
+def _put(places: list[Tensor], values: list[Tensor]) -> None:
+    if places:  # torch refuses to copy nothing
+        torch._foreach_copy_(places, values)

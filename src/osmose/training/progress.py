@@ -11,8 +11,8 @@ from typing import Any
 class Progress:
     """A progress bar on a terminal, plain lines elsewhere, nothing when `show` is False."""
 
-    def __init__(self, show: bool = True):
-        self.show = show
+    def __init__(self, show: bool = True, label: str = "training"):
+        self.show, self.label = show, label
         self._bar: Any = None
         self._events: Any = None
 
@@ -28,7 +28,7 @@ class Progress:
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
-                TextColumn("training"),
+                TextColumn(self.label),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[status]}"),
@@ -37,7 +37,7 @@ class Progress:
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task("training", total=self.steps, completed=self.first, status="")
+            self._task = self._bar.add_task(self.label, total=self.steps, completed=self.first, status="")
             self._bar.start()
         return self
 
@@ -69,8 +69,9 @@ class Progress:
             elapsed = time.perf_counter() - self.began
             left = elapsed / max(1, self.step - self.first) * (self.steps - self.step)
             status = f"{self.status}  " if self.status else ""
+            prefix = "" if self.label == "training" else f"{self.label}: "
             self.note(
-                f"step {self.step}/{self.steps}  {status}held-out loss {line['validation_loss']:.4f}  "
+                f"{prefix}step {self.step}/{self.steps}  {status}held-out loss {line['validation_loss']:.4f}  "
                 f"{_clock(elapsed)} elapsed, {_clock(left)} left"
             )
         if folder is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from osmose.configuration import override
-from osmose.data.dataset import DataConfig, Dataset
+from osmose.data.dataset import DataConfig, Dataset, DataSpec
 from osmose.errors import UserError
 from osmose.methods import METHODS
 from osmose.training.config import RunConfig, TrainingConfig
@@ -52,25 +52,27 @@ def recipe(method: str, data: DataConfig, dataset: Dataset, seed: int, changes: 
             "data": data.to_json(),
             "spec": dataset.spec.to_json(),
             "identity": dataset.identity.to_json(),
-            "training": override(training_for(dataset, training.get("steps", suited.get("steps"))) | suited, training),
+            "training": override(
+                training_for(dataset.spec, training.get("steps", suited.get("steps"))) | suited, training
+            ),
             "seed": seed,
         }
     )
 
 
-def training_for(dataset: Dataset, steps: Any = None) -> dict[str, Any]:
+def training_for(spec: DataSpec, steps: Any = None) -> dict[str, Any]:
     """Training that reaches good samples in minutes on two cores.
 
     What should follow the length of the run does: weights are averaged over about the last tenth of it, so that a short
     run's average does not remember its beginning; warm-up takes a twentieth.
 
     Args:
-        dataset: its kind and size decide length and batch.
+        spec: of the data; kind and size decide length and batch.
         steps: the user's own number of steps, if any (validated later).
     """
-    if dataset.spec.kind != "image":
+    if spec.kind != "image":
         values = {"steps": 5000, "batch_size": 512, "lr": 2e-3}
-    elif dataset.spec.dimension <= 256:
+    elif spec.dimension <= 256:
         values = {"steps": 1500, "batch_size": 64, "lr": 2e-3}
     else:
         values = {"steps": 4000, "batch_size": 64, "lr": 2e-3}

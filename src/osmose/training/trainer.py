@@ -22,6 +22,7 @@ from osmose.methods import COMPOSED
 from osmose.methods.base import Batch, GenerativeModel
 from osmose.training import files
 from osmose.training.checkpoint import Checkpoints
+from osmose.training.config import RunConfig
 from osmose.training.ema import EMA
 from osmose.training.progress import Progress
 from osmose.training.run import Run
@@ -41,11 +42,19 @@ class Trainer:
     Works under `torchrun` and `accelerate launch`: the batch is shared among the processes, and one process and many
     follow the same loss curve.
 
+    Args:
+        run: the run, new or begun.
+        dataset: its data.
+        model: the run's model, where it needs more than its configuration says (a teacher); built afresh if None.
+        progress: shows how far it is.
+
     Raises:
         UserError: the data are not those that the run names, or the batch cannot be shared out.
     """
 
-    def __init__(self, run: Run, dataset: Dataset, *, progress: Progress | None = None):
+    def __init__(
+        self, run: Run, dataset: Dataset, *, model: GenerativeModel | None = None, progress: Progress | None = None
+    ):
         from accelerate import Accelerator  # half a second to import: only where training happens
         from accelerate.state import AcceleratorState
         from accelerate.utils import DistributedDataParallelKwargs
@@ -56,8 +65,7 @@ class Trainer:
         if run.config.method.kind in COMPOSED:
             raise UserError(f"{run.folder}: {run.config.method.kind} is put together, not trained: nothing to continue")
         AcceleratorState._reset_state()  # accelerate keeps the precision of the first run in a process for all others
-        torch.manual_seed(mix(self.seed, "weights"))
-        model: GenerativeModel = run.config.method.build(run.config.spec)
+        model = model if model is not None else built(run.config)
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         # Without the word `cpu` accelerate would take processes that have no GPU for lonely ones.
         self.accelerator = Accelerator(
@@ -267,6 +275,13 @@ class Trainer:
             f"{what} at step {step}{times}; last good checkpoint: "
             f"{saved[-1] if saved else 'none yet'}; a lower training.lr or a smaller training.clip_grad usually helps"
         )
+
+
+def built(config: RunConfig) -> GenerativeModel:
+    """The model of a run as it is before training: its weights follow from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mix(config.seed, "weights"))
+        return config.method.build(config.spec)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,202 @@
+"""From a diffusion run to students that sample in a few steps, phase by phase (`methods.time_distillation`).
+
+    RUN2/distillation.json     the plan: teacher and phases; written first
+    RUN2/phases/32/            the run that trains the student of 32 steps: a run like any other
+    RUN2/config.json           once all phases are done: a run that samples on every grid that was distilled,
+    RUN2/model.safetensors     with the weights of all students
+    RUN2/metrics.jsonl         and the logs of all phases, one after the other
+
+The student of a phase is the teacher of the next. An interrupted distillation goes on in the middle of its phase.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from osmose.acceleration.plan import Plan, plan
+from osmose.configuration import ConfigError
+from osmose.data.dataset import Dataset
+from osmose.errors import UserError
+from osmose.gaussian.denoiser import NetworkDenoiser
+from osmose.methods.base import GenerativeModel
+from osmose.methods.chain import ChainModel
+from osmose.methods.students import Students
+from osmose.methods.time_distillation import TimeDistillation
+from osmose.training import files
+from osmose.training.config import Parent, RunConfig
+from osmose.training.progress import Progress
+from osmose.training.recipes import flattened
+from osmose.training.run import Run, data_of, is_first_process, require_free, versions
+from osmose.training.trainer import DivergedError, Trainer, built
+
+
+def distill(
+    run: Run | Path | str,
+    out: Path | str,
+    *,
+    method: str = "tract",
+    root: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> Run:
+    """Distil a run into one that samples in a few steps.
+
+    Args:
+        run: the teacher: a run of ddpm, iddpm or edm, or a distilled one.
+        out: the folder to make, or with `resume` the one to go on with.
+        method: "tract" or "btd".
+        root: where the data lie, if not where the run found them.
+        resume: go on with an interrupted distillation, by its own settings.
+        progress: show progress bars.
+        **options: `schedule`, `steps`, `lr`, `ema_residual`, `warm_start`, `parametrization`, `seed` (`plan.Options`);
+            anything else is a change of training or of the method, by nested dictionaries or dotted names
+            (`training={"batch_size": 32}`, `weight="v"`, `ema_self=0.9`).
+
+    Raises:
+        UserError: anything in the input that is refused; nothing has been written then.
+        DivergedError: a loss is not finite; the phase is named.
+        KeyboardInterrupt: a signal asked to stop; the state is saved.
+    """
+    teacher = run if isinstance(run, Run) else Run.open(run)
+    if resume:
+        distillation = Distillation.open(out, teacher)
+        dataset = data_of(teacher, root)
+    else:
+        require_free(Path(out))
+        decided = plan(teacher.config, parent_of(teacher), method, flattened(options))
+        dataset = data_of(teacher, root)
+        distillation = Distillation.begin(out, teacher, decided)
+    if not distillation.carry_out(dataset, progress):
+        raise KeyboardInterrupt
+    return distillation.made
+
+
+def parent_of(run: Run) -> Parent:
+    """What a run made from another records of it.
+
+    Raises:
+        UserError: it has no weights yet, or others.
+    """
+    run.model()
+    return Parent(folder=run.folder.resolve().name, sha256=run.hash())
+
+
+class Distillation:
+    """A distillation in its folder, begun or about to begin.
+
+    Attributes:
+        folder: of the run that is made.
+        plan: what is to be done.
+        teacher: the run that is distilled.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, teacher: Run):
+        self.folder, self.plan, self.teacher = folder, plan, teacher
+
+    @classmethod
+    def begin(cls, folder: Path | str, teacher: Run, plan: Plan) -> Distillation:
+        """Make a new folder with its distillation.json.
+
+        Raises:
+            UserError: something is there already.
+        """
+        folder = Path(folder)
+        require_free(folder)
+        if is_first_process():
+            files.write_json(folder / "distillation.json", plan.to_json())
+        return cls(folder, plan, teacher)
+
+    @classmethod
+    def open(cls, folder: Path | str, teacher: Run) -> Distillation:
+        """Go on with what is in a folder.
+
+        Raises:
+            UserError: not a distillation, or one of another teacher.
+        """
+        folder = Path(folder)
+        if not (folder / "distillation.json").is_file():
+            raise UserError(f"{folder}: no distillation was begun here (it has no distillation.json)")
+        try:
+            plan = Plan.parse(files.read_json(folder / "distillation.json"))
+        except ConfigError as error:
+            raise UserError(f"{folder / 'distillation.json'}: not written by osmose ({error})") from None
+        if teacher.hash() != plan.teacher.sha256:
+            raise UserError(
+                f"RUN: {teacher.folder} is not the teacher of {folder}, {plan.teacher.folder!r} (their weights differ)"
+            )
+        return cls(folder, plan, teacher)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run that is made is whole."""
+        return (self.folder / "config.json").is_file()
+
+    @property
+    def made(self) -> Run:
+        """The run that is made, once it is finished."""
+        return Run.open(self.folder)
+
+    def carry_out(self, dataset: Dataset, progress: bool = True) -> bool:
+        """Do what is missing; False when a signal asked to stop before the end (the state is then saved).
+
+        Raises:
+            DivergedError: a loss is not finite; the phase is named.
+            UserError: other data, or a full disk.
+        """
+        if self.finished:
+            return True
+        teacher, counts = self.teacher, self.plan.counts()
+        for index, phase in enumerate(self.plan.phases):
+            label = f"phase {index + 1}/{len(self.plan.phases)}, {counts[index]} to {counts[index + 1]} steps"
+            config = phase.replace(parent=parent_of(teacher).to_json())
+            folder = self.folder / "phases" / str(counts[index + 1])
+            run = Run.open(folder) if (folder / "config.json").is_file() else Run.create(folder, config)
+            model = self._model(run.config, teacher.model(), counts[index])
+            try:
+                if not Trainer(run, dataset, model=model, progress=Progress(progress, label)).fit():
+                    return False
+            except DivergedError as error:
+                raise DivergedError(f"{label}: {error}") from None
+            teacher = run
+        if is_first_process():
+            self._put_together()
+        return True
+
+    def _model(self, config: RunConfig, teacher: GenerativeModel, num_steps: int) -> TimeDistillation:
+        model = built(config)
+        assert isinstance(model, TimeDistillation)
+        model.begin(_denoiser(teacher, num_steps), self.plan.warm_start)
+        return model
+
+    def _put_together(self) -> None:
+        """Write the run of all students; config.json, which makes it one, comes last."""
+        runs = [Run.open(self.folder / "phases" / str(count)) for count in self.plan.counts()[1:]]
+        weights: dict[str, Tensor] = {}
+        lines: list[dict[str, Any]] = []
+        for index, run in enumerate(runs):
+            own = files.read_tensors(run.weights)
+            prefix = "students.0."
+            weights |= {
+                f"students.{index}.{name.removeprefix(prefix)}": value
+                for name, value in own.items()
+                if name.startswith(prefix)
+            }
+            before = sum(phase.training.steps for phase in self.plan.phases[:index])
+            lines += [{**line, "step": before + line["step"], "phase": index + 1} for line in run.metrics()]
+        config: RunConfig = self.plan.result().replace(versions=versions())
+        files.write_bytes(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+        Run(self.folder, config).write_weights(weights)
+        files.write_json(self.folder / "config.json", config.to_json())
+
+
+def _denoiser(model: GenerativeModel, num_steps: int) -> NetworkDenoiser:
+    """What a teacher of so many steps denoises with."""
+    if isinstance(model, Students):
+        return model.student(num_steps)
+    assert isinstance(model, ChainModel), "the plan refuses other teachers"
+    return model.denoiser

@@ -1,0 +1,287 @@
+"""What a distillation will be, decided before it begins: grids, phases, how each is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt
+
+from osmose.configuration import Config, override
+from osmose.data.dataset import DataSpec
+from osmose.errors import UserError
+from osmose.gaussian.draws import mix
+from osmose.gaussian.grid import Spacing
+from osmose.gaussian.jumps import Partition
+from osmose.methods import DISTILLED, METHODS
+from osmose.methods.base import MethodConfig
+from osmose.methods.chain import GaussianSampling
+from osmose.methods.students import DistilledConfig, Groups, StudentConfig
+from osmose.methods.time_distillation import TimeDistillationConfig
+from osmose.training.config import Parent, RunConfig
+from osmose.training.recipes import checked, training_for
+
+#: The teacher's steps where the user names none and its schedule has none of its own, by solver of its steps.
+STEPS = {"ddim": 1024, "heun": 40}
+#: What suits the regression onto a teacher better than what suits training on data.
+_TRAINING = {"precision": "fp32", "keep_checkpoints": 1}
+#: How each phase is told what `training.` says of others.
+_SAID = {"steps": "steps (--steps 2000, or --steps 500,1500)", "lr": "lr (--lr)", "ema": "ema_residual"}
+
+
+class Options(Config):
+    """What can be said of a distillation, besides changes of training and of the method."""
+
+    schedule: tuple[PositiveInt | tuple[PositiveInt, ...], ...] | None = Field(
+        None,
+        description="numbers of steps, the teacher's first; a student's may be the last step of each of its groups "
+        "instead, in steps of the finest grid",
+    )
+    steps: PositiveInt | tuple[PositiveInt, ...] | None = Field(
+        None, description="optimisation steps in all, shared equally by the phases, or of each phase"
+    )
+    lr: float | tuple[float, ...] = Field(1e-3, description="learning rate after warm-up, of all phases or of each")
+    ema_residual: float = Field(
+        1e-3,
+        ge=0,
+        lt=1,
+        description="weight that the first state of a phase keeps in the average that is sampled from: the decay is "
+        "its N-th root for a phase of N steps; 0 for no average",
+    )
+    warm_start: bool = Field(True, description="start each student from its teacher's weights")
+    parametrization: str | None = Field(None, description="what students predict; what the teacher does if null")
+    seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
+
+
+class Plan(Config):
+    """All that is decided before a distillation begins: distillation.json."""
+
+    format: Literal["osmose-distillation-1"] = "osmose-distillation-1"
+    teacher: Parent = Field(description="the run that is distilled")
+    warm_start: bool = Field(description="whether students start from the weights of their teachers")
+    phases: tuple[RunConfig, ...] = Field(description="of each phase's run; its parent is known when it begins")
+
+    @property
+    def methods(self) -> list[TimeDistillationConfig]:
+        """The method of each phase."""
+        found = []
+        for phase in self.phases:
+            assert isinstance(phase.method, TimeDistillationConfig)
+            found.append(phase.method)
+        return found
+
+    def counts(self) -> list[int]:
+        """Steps of the teacher, and of each student in turn."""
+        first = self.methods[0]
+        groups = [first.teacher_grid, *(method.grids[0] for method in self.methods)]
+        return [len(Partition.of(grid, first.num_steps)) for grid in groups]
+
+    def result(self) -> RunConfig:
+        """The configuration of the run that is made of all students."""
+        last = self.methods[-1]
+        method = DistilledConfig(
+            model=last.model,
+            conditional=last.conditional,
+            num_steps=last.num_steps,
+            spacing=last.spacing,
+            grids=tuple(own.grids[0] for own in self.methods),
+            clip=last.clip,
+            teacher_sampling=last.teacher_sampling,
+            sampling=last.sampling,
+        )
+        made: RunConfig = self.phases[-1].model_copy(update={"method": method, "parent": self.teacher})
+        return made
+
+
+def plan(teacher: RunConfig, parent: Parent, method: str, said: Mapping[str, Any]) -> Plan:
+    """Decide everything about a distillation.
+
+    Args:
+        teacher: the configuration of the run that is distilled.
+        parent: its name and hash.
+        method: "tract" or "btd".
+        said: `Options` by name, `spacing` of the teacher's steps, and dotted overrides of training
+            (`training.batch_size`) and of the method (`weight`, `ema_self`, `solver`).
+
+    Raises:
+        UserError: anything that is refused; the message names the field and the numbers.
+    """
+    if method not in DISTILLED:
+        raise UserError(f"method: {method!r} is not valid: should be one of {', '.join(DISTILLED)}")
+    options = Options.parse({name: value for name, value in said.items() if name in Options.model_fields})
+    changes = {name: value for name, value in said.items() if name not in Options.model_fields}
+    training = {n.removeprefix("training."): changes.pop(n) for n in list(changes) if n.startswith("training.")}
+    for name in training.keys() & _SAID.keys():
+        raise UserError(f"training.{name}: is said of each phase, by {_SAID[name]}")
+    origin = _origin(teacher, method, options.schedule, changes)
+    grids = _grids(origin, method, options.schedule)
+    model = origin.model
+    if options.parametrization is not None:
+        model = model.replace(parametrization=options.parametrization)
+    _require_head(model, len(Partition.of(grids[-1], origin.num_steps)))
+    lengths, rates = _lengths(options.steps, teacher.spec, len(grids) - 1), _each("lr", options.lr, len(grids) - 1)
+    phases = []
+    for index, (fine, coarse) in enumerate(pairwise(grids)):
+        config = METHODS.resolve(method).parse(
+            override(
+                {
+                    "model": model.to_json(),
+                    "conditional": model.conditional,
+                    "num_steps": origin.num_steps,
+                    "spacing": origin.spacing,
+                    "teacher_grid": fine,
+                    "grids": [coarse],
+                    "clip": origin.clip,
+                    "sampling": {"num_steps": len(Partition.of(coarse, origin.num_steps))},
+                },
+                changes,
+            )
+        )
+        config = config.replace(teacher_sampling=origin.sampling(config))
+        length = lengths[index]
+        own = training_for(teacher.spec, length) | _TRAINING
+        own |= {"lr": rates[index], "ema": options.ema_residual ** (1 / length)}
+        made = {
+            "method": config.to_json(),
+            "training": override(own, training),
+            "seed": mix(options.seed, "phase", index),
+            "versions": {},
+            "parent": None,
+        }
+        phases.append(checked(RunConfig.parse(teacher.to_json() | made)))
+    return Plan(teacher=parent, warm_start=options.warm_start, phases=tuple(phases))
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What the first teacher is, and the grid that it is run on.
+
+    Attributes:
+        model: a diffusion, the teacher or what it was distilled from.
+        num_steps: of the finest grid.
+        spacing: of the finest grid.
+        start: the teacher's grid.
+        clip: whether it keeps its estimates inside the data's range.
+        student: whether it is a distilled run.
+    """
+
+    model: MethodConfig
+    num_steps: int
+    spacing: Spacing
+    start: Groups
+    clip: bool
+    student: bool
+
+    def sampling(self, config: TimeDistillationConfig) -> dict[str, Any]:
+        """How it samples in full: options of its run's `sample`."""
+        if self.student:
+            return {"num_steps": len(Partition.of(self.start, self.num_steps))}
+        own = {"num_steps": self.num_steps, "spacing": self.spacing}
+        return {**own, "solver": config.solver, "clip": config.clip}
+
+
+def _origin(teacher: RunConfig, method: str, schedule: Sequence[Any] | None, changes: dict[str, Any]) -> _Origin:
+    """Raises UserError for what cannot be distilled, or not from so many steps."""
+    config, first = teacher.method, None if not schedule else schedule[0]
+    if first is not None and not isinstance(first, int):
+        raise UserError(f"schedule: {list(first)} is not valid: the teacher's steps, which come first, are a number")
+    if isinstance(config, StudentConfig):
+        known = {len(Partition.of(groups, config.num_steps)): groups for groups in config.grids}
+        count = max(known) if first is None else first
+        if count not in known:
+            raise UserError(
+                f"schedule: begins with {count} steps, but the teacher was distilled to "
+                f"{', '.join(map(str, sorted(known)))}; begin with one of these"
+            )
+        return _Origin(config.model, config.num_steps, config.spacing, known[count], config.clip, True)
+    sampling, noise_schedule = config.sampling, getattr(config, "schedule", None)
+    if not isinstance(sampling, GaussianSampling) or noise_schedule is None:
+        raise UserError(f"{config.kind}: is no diffusion that can be distilled; ddpm, iddpm and edm are")
+    native = noise_schedule.native_steps
+    count = first or native or STEPS.get(changes.get("solver", "ddim"), STEPS["ddim"])
+    if first is None and method == "btd":
+        count = 2 ** (count.bit_length() - 1)
+    if native is not None and count > native:
+        raise UserError(
+            f"schedule: begins with {count} steps, but the teacher was trained on {native}; begin with {native} or less"
+        )
+    spacing = changes.pop("spacing", "even" if native is None else "trailing")
+    clip = sampling.clip and teacher.spec.model_range is not None
+    return _Origin(config, count, spacing, count, clip, False)
+
+
+def _grids(origin: _Origin, method: str, schedule: Sequence[Any] | None) -> list[Groups]:
+    """The grid of the teacher and of each student.
+
+    Raises:
+        UserError: numbers that do not fall or do not divide each other, groups that do not nest.
+    """
+    before = Partition.of(origin.start, origin.num_steps)
+    first = len(before)
+    if schedule is None:
+        halves = [first >> power for power in range(first.bit_length())]
+        middle = [n for n in range(2, int(first**0.5) + 1) if first % n == 0]
+        schedule = halves if method == "btd" else [first, *middle[-1:], 1]
+    if len(schedule) < 2:
+        raise UserError(f"schedule: {first} alone is not valid: the steps of at least one student come after it")
+    grids: list[Groups] = [origin.start]
+    for groups in schedule[1:]:
+        count = groups if isinstance(groups, int) else len(groups)
+        if count >= len(before):
+            raise UserError(f"schedule: {count} after {len(before)} is not valid: the numbers of steps have to fall")
+        if method == "btd" and len(before) != 2 * count:
+            raise UserError(f"schedule: btd halves, and {len(before)} to {count} does not; use distill tract")
+        if isinstance(groups, int):
+            if len(before) % groups:
+                raise UserError(f"schedule: {groups} does not divide {len(before)}, the steps before it")
+            # Equal shares of the steps before, which need not be equal themselves.
+            length = len(before) // groups
+            tops = before.tops[length - 1 :: length]
+            groups = groups if Partition(tops) == _equal(groups, origin.num_steps) else tops
+        try:
+            after = Partition.of(groups, origin.num_steps)
+            after.within(before)
+        except ValueError as error:
+            raise UserError(f"schedule: {error}") from None
+        grids.append(groups)
+        before = after
+    return grids
+
+
+def _equal(groups: int, total: int) -> Partition | None:
+    return None if total % groups else Partition.of(groups, total)
+
+
+def _require_head(model: MethodConfig, last: int) -> None:
+    parametrization = getattr(model, "parametrization", None)
+    if last == 1 and parametrization is not None and parametrization.kind == "eps":
+        raise UserError(
+            "parametrization: 'eps' cannot give x0 in one step, from pure noise; use parametrization=v, which the "
+            "student learns beginning with the teacher's weights, or end the schedule with 2 steps"
+        )
+
+
+def _lengths(steps: int | tuple[int, ...] | None, spec: DataSpec, phases: int) -> list[int]:
+    """Optimisation steps of each phase."""
+    if isinstance(steps, tuple):
+        return _each("steps", steps, phases)
+    total = default_steps(spec) if steps is None else steps
+    if total < phases:
+        raise UserError(f"steps: {total} is not valid: {phases} phases need at least one each")
+    return [total // phases + (index < total % phases) for index in range(phases)]
+
+
+def _each(name: str, value: Any, phases: int) -> list[Any]:
+    """A value for each phase."""
+    if not isinstance(value, tuple):
+        return [value] * phases
+    if len(value) != phases:
+        raise UserError(f"{name}: {len(value)} values given for {phases} phases; give one, or one for each")
+    return list(value)
+
+
+def default_steps(spec: DataSpec) -> int:
+    """Optimisation steps of all phases together, where the user says nothing."""
+    return 4000 if spec.kind == "image" else 20_000

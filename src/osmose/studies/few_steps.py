@@ -1,0 +1,117 @@
+"""What the studies of distillation share: teachers, and students scored against data and against their teacher."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from osmose.metrics.evaluate import score_samples
+from osmose.studies.study import Cell, Results, Row, Study, Trained
+from osmose.studies.verdicts import mean_and_spread
+from osmose.training import files
+
+#: Names of the data sets in cells.
+DATA = {"checkerboard": "toy:checkerboard", "digits": "digits", "fashion-mnist": "fashion-mnist"}
+#: Scores, and how many samples they are taken of; energy distances are given times 1,000.
+METRIC = {"checkerboard": "energy", "digits": "fd_clf", "fashion-mnist": "fd_clf"}
+_SAMPLES = {"checkerboard": 2000, "digits": 800, "fashion-mnist": 150}
+_SCALE = {"energy": 1000.0, "fd_clf": 1.0}
+#: Where a teacher's run keeps its samples in full.
+_FULL = "full.safetensors"
+
+
+class FewSteps(Study):
+    """A study of students: `teacher` cells are trained, `student` cells distil them, and all are measured alike.
+
+    Rows have the label `steps`; `score` is that of `METRIC`, `rmse` the root mean square distance, in the model's
+    units, to the samples of the teacher in full from the same noise.
+
+    Attributes:
+        full: steps of the teacher in full.
+    """
+
+    full: ClassVar[int] = 1024
+
+    def teacher(self, data: str, counts: tuple[int, ...] = ()) -> Cell:
+        """A diffusion on the schedule of arXiv 2202.00512, whose angle is linear in t, with v-prediction."""
+        changes = {"schedule": "trig", "parametrization": "v", "sampling.spacing": "even"} | self.network(data)
+        sampling = {"num_steps": self.full, "solver": "ddim"}
+        return self._cell(data, "teacher", "ddpm", changes, (*counts, self.full), "the teacher", sampling=sampling)
+
+    def network(self, data: str) -> dict[str, Any]:
+        """Network and training of a teacher."""
+        mlp = {"network": "mlp", "training.lr": 2e-3}
+        if self.quick:
+            return mlp | {"network.width": 32, "training.batch_size": 64, "training.steps": 60}
+        networks: dict[str, dict[str, Any]] = {
+            "checkerboard": mlp | {"network.width": 128, "training.batch_size": 128, "training.steps": 5000},
+            "digits": mlp | {"network.width": 192, "training.batch_size": 64, "training.steps": 6000},
+            "fashion-mnist": {
+                "network.channels": 8, "training.batch_size": 32, "training.lr": 2e-3, "training.steps": 1000
+            },
+        }  # fmt: skip
+        return networks[data]
+
+    def student(
+        self, data: str, name: str, method: str, said: dict[str, Any], counts: tuple[int, ...], note: str, *uses: str
+    ) -> Cell:
+        """What distils the first of the cells of `uses` ("teacher" if none), which ends with the teacher."""
+        batch = {"training.batch_size": self.network(data)["training.batch_size"]}
+        return self._cell(data, name, method, batch | said, counts, note, *(uses or ("teacher",)))
+
+    def _cell(
+        self, data: str, name: str, method: str, said: dict[str, Any], counts: tuple[int, ...], note: str, *uses: str,
+        **more: Any,
+    ) -> Cell:  # fmt: skip
+        settings = {"n": 100 if self.quick else _SAMPLES[data], "metric": METRIC[data], "counts": list(counts), **more}
+        return Cell(f"{data}-{name}", method, DATA[data], said, settings, note, tuple(f"{data}-{use}" for use in uses))
+
+    def measure(self, trained: Trained) -> list[Row]:
+        settings, model = trained.cell.settings, trained.model
+        if "sampling" in settings:
+            full = model.sample(settings["n"], seed=trained.seed, **settings["sampling"])
+            files.write_tensors(trained.run.folder / _FULL, {"samples": full.data})
+            known = full.data
+        else:
+            known = files.read_tensors(trained.of(trained.cell.uses[-1]).folder / _FULL)["samples"]
+        seconds = sum(line.get("seconds", 0.0) for line in trained.run.metrics())
+        encode = trained.dataset.spec.encode
+        rows = []
+        for count in settings["counts"]:
+            options = {**settings.get("sampling", {}), "num_steps": count}
+            whole = options == settings.get("sampling")
+            samples = full if whole else model.sample(settings["n"], seed=trained.seed, **options)
+            score = score_samples(samples.data, trained.dataset, seed=trained.seed, metrics=[settings["metric"]])[0]
+            scale = _SCALE[settings["metric"]]
+            values = {
+                "score": scale * score.value,
+                "score_real": scale * (score.floor or 0.0),
+                "rmse": float((encode(samples.data) - encode(known)).square().mean().sqrt()),
+                "nfe": float(samples.nfe),
+                "seconds_per_sample": samples.seconds / len(samples.data),
+                "training_seconds": seconds,
+            }
+            rows.append(Row({"steps": count}, values))
+        return rows
+
+    def tables(self, results: Results) -> dict[str, list[dict[str, str]]]:
+        tables: dict[str, list[dict[str, str]]] = {}
+        for data, metric in METRIC.items():
+            lines = []
+            for cell in results.rows:
+                if not cell.startswith(data):
+                    continue
+                for labels, values in results.groups(cell):
+                    shown = {
+                        "configuration": cell.removeprefix(f"{data}-"),
+                        "steps": str(labels["steps"]),
+                        metric + (" x 1000" if metric == "energy" else ""): mean_and_spread(values["score"]),
+                        "RMSE to the teacher": mean_and_spread(values["rmse"]),
+                        "nfe": f"{values['nfe'].mean():g}",
+                        "ms a sample": f"{1000 * values['seconds_per_sample'].mean():.3g}",
+                        "training, s": f"{values['training_seconds'].mean():.0f}",
+                    }
+                    lines.append(shown)
+            if lines:
+                floor = mean_and_spread(results.groups(f"{data}-teacher")[0][1]["score_real"])
+                tables[f"{data} (real data: {floor})"] = lines
+        return tables
