@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from osmose.acceleration.distill import distill
     from osmose.acceleration.surrogate import surrogate
     from osmose.analysis.likelihood import likelihood
     from osmose.data.dataset import DataConfig, Dataset
@@ -28,6 +29,7 @@ __all__ = [
     "Run",
     "Trainer",
     "UserError",
+    "distill",
     "likelihood",
     "load",
     "recipe",
@@ -44,6 +46,7 @@ _HOMES = {
     "Run": "osmose.training.run",
     "Trainer": "osmose.training.trainer",
     "UserError": "osmose.errors",
+    "distill": "osmose.acceleration.distill",
     "likelihood": "osmose.analysis.likelihood",
     "load": "osmose.training.run",
     "recipe": "osmose.training.recipes",

@@ -803,7 +803,7 @@ def test_learning_approaches_the_fixed_point():
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        ("btd", {"grids": [16]}, "btd makes one step of two; 64 steps to 16 in groups of \[4\]: use tract"),
+        ("btd", {"grids": [16]}, r"btd makes one step of two; 64 steps to 16 in groups of \[4\]: use tract"),
         ("btd", {"grids": [64]}, "btd makes one step of two; 64 steps to 64 in groups of"),
         ("btd", {"grids": [[1, 4, 64]]}, "btd makes one step of two; 64 steps to 3 in groups of"),
         ("btd", {"teacher_grid": 16, "grids": [4]}, "btd makes one step of two; 16 steps to 4 in groups of"),

@@ -5,6 +5,7 @@
     RUN2/config.json           once all phases are done: a run that samples on every grid that was distilled,
     RUN2/model.safetensors     with the weights of all students
     RUN2/metrics.jsonl         and the logs of all phases, one after the other
+    RUN2/samples/losses.png    drawn
 
 The student of a phase is the teacher of the next. An interrupted distillation goes on in the middle of its phase.
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from osmose.acceleration.losses import write_losses
 from osmose.acceleration.plan import Plan, plan
 from osmose.configuration import ConfigError
 from osmose.data.dataset import Dataset
@@ -190,6 +192,7 @@ class Distillation:
             lines += [{**line, "step": before + line["step"], "phase": index + 1} for line in run.metrics()]
         config: RunConfig = self.plan.result().replace(versions=versions())
         files.write_bytes(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_losses(self.folder / "samples" / "losses.png", lines, self.plan.counts())
         Run(self.folder, config).write_weights(weights)
         files.write_json(self.folder / "config.json", config.to_json())
 

@@ -139,7 +139,9 @@ def plan(teacher: RunConfig, parent: Parent, method: str, said: Mapping[str, Any
                 changes,
             )
         )
-        config = config.replace(teacher_sampling=origin.sampling(config))
+        # A student has learned where to jump, not a slope: only a diffusion's own steps can be Heun's.
+        sampling = origin.sampling(config)
+        config = config.replace(teacher_sampling=sampling, **({"solver": "ddim"} if index else {}))
         length = lengths[index]
         own = training_for(teacher.spec, length) | _TRAINING
         own |= {"lr": rates[index], "ema": options.ema_residual ** (1 / length)}
@@ -194,6 +196,10 @@ def _origin(teacher: RunConfig, method: str, schedule: Sequence[Any] | None, cha
             raise UserError(
                 f"schedule: begins with {count} steps, but the teacher was distilled to "
                 f"{', '.join(map(str, sorted(known)))}; begin with one of these"
+            )
+        if changes.get("solver", "ddim") != "ddim":
+            raise UserError(
+                f"solver: {changes['solver']!r} is for a diffusion's steps; the jumps of a student are ddim's"
             )
         return _Origin(config.model, config.num_steps, config.spacing, known[count], config.clip, True)
     sampling, noise_schedule = config.sampling, getattr(config, "schedule", None)
@@ -284,4 +290,5 @@ def _each(name: str, value: Any, phases: int) -> list[Any]:
 
 def default_steps(spec: DataSpec) -> int:
     """Optimisation steps of all phases together, where the user says nothing."""
-    return 4000 if spec.kind == "image" else 20_000
+    small = spec.kind != "image" or spec.dimension <= 256
+    return 3000 if small else 4000

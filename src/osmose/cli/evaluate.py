@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, Suppress, arg
 
 from osmose.cli.command import Result, quiet_warnings, sampling_bar, sampling_options
 from osmose.errors import UserError
+
+if TYPE_CHECKING:
+    from osmose.data.dataset import Dataset
+    from osmose.methods.base import GenerativeModel
+    from osmose.metrics.pairing import Pair
 
 
 @dataclass
@@ -21,11 +27,18 @@ class Evaluate:
 
     `fid` is computed only with the Inception weights of 2015 (--inception-weights); otherwise images are compared by
     the features of a small classifier of the same data (`fd_clf`), which is comparable only with itself.
+
+    With --against RUN2, a teacher for example, RUN2 samples in full from the same noise, and one table says what RUN
+    gives up and saves in each number of steps: the score, the root mean square distance from RUN2's samples, network
+    calls, time. RUN/samples/ gets the samples side by side, and the score against the number of steps.
     """
 
     model: Annotated[Positional[Path | None], arg(metavar="RUN", help="a run folder; or none with --samples")] = None
     steps: Annotated[
         str | None, arg(metavar="N,N,...", help="numbers of solver steps to score, for example 4,20,100")
+    ] = None
+    against: Annotated[
+        Path | None, arg(metavar="RUN2", help="compare with this run's samples from the same noise; RUN itself will do")
     ] = None
     num: Annotated[int | None, arg(aliases=["-n"], help="samples; 2000 if not given, or half the training data")] = None
     solver: Annotated[str | None, arg(help="ancestral, ddim, heun or dpmpp-2m")] = None
@@ -51,6 +64,8 @@ class Evaluate:
             raise UserError(f"--reference: {self.reference!r} is not valid: should be train or held-out")
         if (self.model is None) == (self.samples is None):
             raise UserError("RUN: give a run folder, or --samples FILE.npz with --data")
+        if self.against is not None and self.samples is not None:
+            raise UserError("--against: has no meaning with --samples, whose noise is not known")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"--threads: {self.threads} is not valid: must be at least 1")
         if self.num is not None and self.num < 1:
@@ -73,36 +88,36 @@ class Evaluate:
         from osmose.cli.devices import device
         from osmose.metrics.evaluate import table
         from osmose.metrics.evaluation import evaluate_run, record
+        from osmose.metrics.pairing import Pair
         from osmose.training.run import Run
 
         run = Run.open(folder)
         model = run.model(device(self.device))
-        steps = _numbers(self.steps) if self.steps else [None]
+        steps = _numbers(self.steps) if self.steps else self._all_steps(model)
         ways = [sampling_options(self.overrides, num_steps=number, solver=self.solver) for number in steps]
         for options in ways:
             model.sampling(**options)
+        pair = None if self.against is None else Pair(run, model, ways, Run.open(self.against))
         moved = {"source": self.data, "root": str(self.data_root) if self.data_root else None}
         data = run.config.data.replace(**{name: value for name, value in moved.items() if value is not None})
         dataset = data.load()
         if dataset.identity.sha256 != run.config.identity.sha256:
             raise UserError(f"data: {data.source!r} is not the data this run was trained on (its hash differs)")
+        settings = {
+            "n": self.num,
+            "seed": self.seed,
+            "metrics": names,
+            "features": features,
+            "reference": self.reference,
+            "batch_size": self.batch_size,
+        }
+        if pair is not None:
+            return self._pair(pair, dataset, settings)
         lines: list[Any] = []
         values = []
         for options in ways:
-            with sampling_bar(f"sampling {folder}", not (self.quiet or self.json)) as on_step:
-                evaluation, _ = evaluate_run(
-                    run,
-                    dataset,
-                    n=self.num,
-                    seed=self.seed,
-                    metrics=names,
-                    features=features,
-                    reference=self.reference,
-                    batch_size=self.batch_size,
-                    on_step=on_step,
-                    model=model,
-                    **options,
-                )
+            with self._bar(f"sampling {folder}") as on_step:
+                evaluation, _ = evaluate_run(run, dataset, on_step=on_step, model=model, **settings, **options)
             record(run, evaluation)
             values.append(evaluation.to_json())
             chain = [f"{evaluation.sampling['num_steps']} steps"] if "num_steps" in evaluation.sampling else []
@@ -117,6 +132,38 @@ class Evaluate:
         return Result(
             {"run": str(folder), "evaluations": values}, lines, f"osmose compare {folder} OTHER --out comparison"
         )
+
+    def _pair(self, pair: Pair, dataset: Dataset, settings: dict[str, Any]) -> Result:
+        from osmose.metrics.pairing import evaluate_pair
+        from osmose.metrics.pairing_pictures import write_pictures
+
+        result = evaluate_pair(pair, dataset, self._bar, **settings)
+        pictures = write_pictures(result, dataset.spec)
+        folders = dict.fromkeys((pair.run.folder, pair.against.folder))
+        paths = [*(folder / "evaluation.json" for folder in folders), *pictures]
+        values = {
+            "run": str(pair.run.folder),
+            "against": str(pair.against.folder),
+            "rows": result.to_json(),
+            "full": result.full.evaluation.to_json(),
+            "evaluations": [row.evaluation.to_json() for row in result.rows],
+            "wrote": [str(path) for path in paths],
+        }
+        wrote = "wrote " + ", ".join(map(str, paths))
+        again = f"osmose compare {' '.join(map(str, folders))} --out comparison"
+        return Result(values, [result.table(), wrote], again)
+
+    def _all_steps(self, model: GenerativeModel) -> list[int] | list[None]:
+        """What is scored where --steps says nothing: what the configuration says, or all that a student has learned."""
+        from osmose.methods.students import Students
+
+        said = {name.removeprefix("sampling.") for name in self.overrides}
+        if self.against is None or "num_steps" in said or not isinstance(model, Students):
+            return [None]
+        return sorted(model.grids)
+
+    def _bar(self, label: str) -> AbstractContextManager[Any]:
+        return sampling_bar(label, not (self.quiet or self.json))
 
     def _file(self, features: Any, names: list[str] | None) -> Result:
         import torch

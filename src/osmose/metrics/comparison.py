@@ -56,6 +56,9 @@ class Row:
             cells[score.name] = float(f"{score.value:.4g}")
             if score.floor is not None:
                 cells[f"{score.name}_real"] = float(f"{score.floor:.4g}")
+        if e.paired is not None:
+            cells["paired_rmse"] = float(f"{e.paired.rmse:.4g}")
+            cells["paired_with"] = f"{e.paired.folder}, {e.paired.sampling['num_steps']} steps"
         return cells
 
 

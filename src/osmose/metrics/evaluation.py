@@ -24,6 +24,15 @@ from osmose.training.run import Run, versions
 DEFAULT_SAMPLES = 2_000
 
 
+class Paired(Config):
+    """How far samples are from those that another run, or the same in another way, draws from the same noise."""
+
+    folder: str = Field(description="name of the other run, without private folders")
+    sha256: str = Field(description="of the other run's model.safetensors")
+    sampling: dict[str, Any] = Field(description="the other run's sampling configuration")
+    rmse: float = Field(ge=0, description="root mean square difference over samples and values, model units")
+
+
 class Evaluation(Config):
     """Scores of one run under one way of sampling."""
 
@@ -40,6 +49,7 @@ class Evaluation(Config):
     data_sha256: str
     versions: dict[str, str]
     scores: list[Score]
+    paired: Paired | None = Field(None, description="the last comparison from the same noise")
 
     def score(self, name: str) -> Score | None:
         """The score of a metric, if it was computed."""
@@ -154,7 +164,8 @@ def read_evaluations(run: Run) -> list[Evaluation]:
 def record(run: Run, evaluation: Evaluation) -> None:
     """Add an evaluation to evaluation.json.
 
-    Of one made under the same conditions, the scores that were not computed again are kept.
+    Of one made under the same conditions, the scores that were not computed again are kept, and what it was paired with
+    if the new one is not paired.
     """
 
     def conditions(e: Evaluation) -> Any:
@@ -167,7 +178,8 @@ def record(run: Run, evaluation: Evaluation) -> None:
             continue
         again = {(score.name, score.features_sha256) for score in evaluation.scores}
         old = [score for score in earlier.scores if (score.name, score.features_sha256) not in again]
-        evaluation = evaluation.model_copy(update={"scores": [*old, *evaluation.scores]})
+        paired = evaluation.paired or earlier.paired
+        evaluation = evaluation.model_copy(update={"scores": [*old, *evaluation.scores], "paired": paired})
     files.write_json(run.folder / "evaluation.json", {"evaluations": [e.to_json() for e in (*kept, evaluation)]})
 
 

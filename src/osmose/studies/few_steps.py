@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from osmose.metrics.evaluate import score_samples
+from osmose.metrics.pairing import paired_rmse
 from osmose.studies.study import Cell, Results, Row, Study, Trained
 from osmose.studies.verdicts import mean_and_spread
 from osmose.training import files
@@ -74,7 +75,6 @@ class FewSteps(Study):
         else:
             known = files.read_tensors(trained.of(trained.cell.uses[-1]).folder / _FULL)["samples"]
         seconds = sum(line.get("seconds", 0.0) for line in trained.run.metrics())
-        encode = trained.dataset.spec.encode
         rows = []
         for count in settings["counts"]:
             options = {**settings.get("sampling", {}), "num_steps": count}
@@ -85,7 +85,7 @@ class FewSteps(Study):
             values = {
                 "score": scale * score.value,
                 "score_real": scale * (score.floor or 0.0),
-                "rmse": float((encode(samples.data) - encode(known)).square().mean().sqrt()),
+                "rmse": paired_rmse(samples.data, known, trained.dataset.spec),
                 "nfe": float(samples.nfe),
                 "seconds_per_sample": samples.seconds / len(samples.data),
                 "training_seconds": seconds,
