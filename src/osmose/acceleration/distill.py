@@ -13,6 +13,7 @@ The student of a phase is the teacher of the next. An interrupted distillation g
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +65,29 @@ def distill(
         DivergedError: a loss is not finite; the phase is named.
         KeyboardInterrupt: a signal asked to stop; the state is saved.
     """
-    teacher = run if isinstance(run, Run) else Run.open(run)
-    if resume:
-        distillation = Distillation.open(out, teacher)
-        dataset = data_of(teacher, root)
-    else:
-        require_free(Path(out))
-        decided = plan(teacher.config, parent_of(teacher), method, flattened(options))
-        dataset = data_of(teacher, root)
-        distillation = Distillation.begin(out, teacher, decided)
+    distillation, dataset = prepared(run, out, method, flattened(options), root, resume)
     if not distillation.carry_out(dataset, progress):
         raise KeyboardInterrupt
     return distillation.made
+
+
+def prepared(
+    run: Run | Path | str, out: Path | str, method: str, said: Mapping[str, Any], root: Path | None, resume: bool
+) -> tuple[Distillation, Dataset]:
+    """A distillation that is begun, or with `resume` found in its folder, and its data; as `distill`.
+
+    Raises:
+        UserError: anything in the input that is refused; nothing has been written then.
+    """
+    teacher = run if isinstance(run, Run) else Run.open(run)
+    if resume:
+        for name in said:
+            raise UserError(f"{name}: given, but {out} is continued by its own settings; resume without it")
+        return Distillation.open(out, teacher, method), data_of(teacher, root)
+    require_free(Path(out))
+    decided = plan(teacher.config, parent_of(teacher), method, said)
+    dataset = data_of(teacher, root)
+    return Distillation.begin(out, teacher, decided), dataset
 
 
 def parent_of(run: Run) -> Parent:
@@ -114,11 +126,11 @@ class Distillation:
         return cls(folder, plan, teacher)
 
     @classmethod
-    def open(cls, folder: Path | str, teacher: Run) -> Distillation:
+    def open(cls, folder: Path | str, teacher: Run, method: str) -> Distillation:
         """Go on with what is in a folder.
 
         Raises:
-            UserError: not a distillation, or one of another teacher.
+            UserError: not a distillation, or one of another teacher or method.
         """
         folder = Path(folder)
         if not (folder / "distillation.json").is_file():
@@ -127,10 +139,14 @@ class Distillation:
             plan = Plan.parse(files.read_json(folder / "distillation.json"))
         except ConfigError as error:
             raise UserError(f"{folder / 'distillation.json'}: not written by osmose ({error})") from None
+        if plan.method != method:
+            raise UserError(f"{folder}: was begun with {plan.method}, not with {method}")
         if teacher.hash() != plan.teacher.sha256:
             raise UserError(
                 f"RUN: {teacher.folder} is not the teacher of {folder}, {plan.teacher.folder!r} (their weights differ)"
             )
+        if is_first_process():
+            files.sweep(folder)
         return cls(folder, plan, teacher)
 
     @property
@@ -158,15 +174,22 @@ class Distillation:
             config = phase.replace(parent=parent_of(teacher).to_json())
             folder = self.folder / "phases" / str(counts[index + 1])
             run = Run.open(folder) if (folder / "config.json").is_file() else Run.create(folder, config)
+            if run.config.parent != config.parent:
+                raise UserError(
+                    f"{folder}: was begun with another teacher than {teacher.folder} is now; delete it to begin it anew"
+                )
             model = self._model(run.config, teacher.model(), counts[index])
+            trainer = Trainer(run, dataset, model=model, progress=Progress(progress, label))
             try:
-                if not Trainer(run, dataset, model=model, progress=Progress(progress, label)).fit():
-                    return False
+                done = trainer.fit()
             except DivergedError as error:
                 raise DivergedError(f"{label}: {error}") from None
+            if not done or (trainer.asked and index + 1 < len(self.plan.phases)):
+                return False
             teacher = run
         if is_first_process():
             self._put_together()
+        trainer.accelerator.wait_for_everyone()  # the others may be about to read the run
         return True
 
     def _model(self, config: RunConfig, teacher: GenerativeModel, num_steps: int) -> TimeDistillation:

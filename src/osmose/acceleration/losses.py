@@ -31,7 +31,7 @@ def write_losses(path: Path, lines: Sequence[Mapping[str, Any]], counts: Sequenc
         trained = [(line["step"], line["loss"]) for line in own if line.get("loss", 0) > 0]
         if trained:
             curve.plot(*zip(*trained, strict=True), color=colour, linewidth=0.8)
-        checked = [line for line in own if "validation_loss" in line]
+        checked = [line for line in own if line.get("validation_loss", 0) > 0]
         curve.plot(
             [line["step"] for line in checked], [line["validation_loss"] for line in checked], "o", color=colour,
             markersize=3,
@@ -43,7 +43,8 @@ def write_losses(path: Path, lines: Sequence[Mapping[str, Any]], counts: Sequenc
                 profile.plot(*zip(*shown, strict=True), "o-", color=colour, markersize=4, label=name)
     curve.set(yscale="log", xlabel="updates", ylabel="loss", title="loss (dots: held-out data)")
     profile.set(yscale="log", xlabel="t (quarters)", title="held-out loss at the end of each phase", xlim=(0, 1))
-    profile.legend(fontsize=7, title="steps", title_fontsize=7)
+    if profile.get_lines():
+        profile.legend(fontsize=7, title="steps", title_fontsize=7)
     for axes in (curve, profile):
         axes.grid(alpha=0.25, linewidth=0.6)
     buffer = io.BytesIO()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, field_validator
 
 from osmose.configuration import Config, override
 from osmose.data.dataset import DataSpec
-from osmose.errors import UserError
+from osmose.errors import UserError, nearest
 from osmose.gaussian.draws import mix
 from osmose.gaussian.grid import Spacing
 from osmose.gaussian.jumps import Partition
@@ -20,13 +21,16 @@ from osmose.methods.base import MethodConfig
 from osmose.methods.chain import GaussianSampling
 from osmose.methods.students import DistilledConfig, Groups, StudentConfig
 from osmose.methods.time_distillation import TimeDistillationConfig
-from osmose.training.config import Parent, RunConfig
+from osmose.training.config import Parent, RunConfig, TrainingConfig
 from osmose.training.recipes import checked, training_for
 
 #: The teacher's steps where the user names none and its schedule has none of its own, by solver of its steps.
 STEPS = {"ddim": 1024, "heun": 40}
 #: What suits the regression onto a teacher better than what suits training on data.
 _TRAINING = {"precision": "fp32", "keep_checkpoints": 1}
+#: What can be changed of each method.
+_COMMON = ("solver", "weight", "snr_cap", "clip", "spacing")
+_CHANGES = {"tract": (*_COMMON, "ema_self"), "btd": _COMMON}
 #: How each phase is told what `training.` says of others.
 _SAID = {"steps": "steps (--steps 2000, or --steps 500,1500)", "lr": "lr (--lr)", "ema": "ema_residual"}
 
@@ -34,12 +38,12 @@ _SAID = {"steps": "steps (--steps 2000, or --steps 500,1500)", "lr": "lr (--lr)"
 class Options(Config):
     """What can be said of a distillation, besides changes of training and of the method."""
 
-    schedule: tuple[PositiveInt | tuple[PositiveInt, ...], ...] | None = Field(
+    schedule: tuple[int | tuple[int, ...], ...] | None = Field(
         None,
         description="numbers of steps, the teacher's first; a student's may be the last step of each of its groups "
         "instead, in steps of the finest grid",
     )
-    steps: PositiveInt | tuple[PositiveInt, ...] | None = Field(
+    steps: int | tuple[int, ...] | None = Field(
         None, description="optimisation steps in all, shared equally by the phases, or of each phase"
     )
     lr: float | tuple[float, ...] = Field(1e-3, description="learning rate after warm-up, of all phases or of each")
@@ -47,12 +51,35 @@ class Options(Config):
         1e-3,
         ge=0,
         lt=1,
-        description="weight that the first state of a phase keeps in the average that is sampled from: the decay is "
-        "its N-th root for a phase of N steps; 0 for no average",
+        description="weight of a phase's first state in the average that is sampled from, relative to the last: the "
+        "decay is its N-th root for a phase of N steps; 0 for no average",
     )
     warm_start: bool = Field(True, description="start each student from its teacher's weights")
     parametrization: str | None = Field(None, description="what students predict; what the teacher does if null")
     seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
+
+    @field_validator("schedule", "steps", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        """Say what is wrong before a union of types is tried, which says it of each."""
+        for part in _flat(value):
+            if isinstance(part, bool) or not isinstance(part, int) or part < 1:
+                raise ValueError(f"{part!r} should be a whole number, at least 1")
+        return value
+
+    @field_validator("lr", mode="before")
+    @classmethod
+    def _positive(cls, value: Any) -> Any:
+        for part in _flat(value):
+            if isinstance(part, bool) or not isinstance(part, int | float) or not 0 < part < math.inf:
+                raise ValueError(f"{part!r} should be a number above 0")
+        return value
+
+
+def _flat(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return [part for inner in value for part in _flat(inner)] if isinstance(value, list | tuple) else [value]
 
 
 class Plan(Config):
@@ -60,6 +87,7 @@ class Plan(Config):
 
     format: Literal["osmose-distillation-1"] = "osmose-distillation-1"
     teacher: Parent = Field(description="the run that is distilled")
+    seed: int = Field(description="of everything random")
     warm_start: bool = Field(description="whether students start from the weights of their teachers")
     phases: tuple[RunConfig, ...] = Field(description="of each phase's run; its parent is known when it begins")
 
@@ -71,6 +99,11 @@ class Plan(Config):
             assert isinstance(phase.method, TimeDistillationConfig)
             found.append(phase.method)
         return found
+
+    @property
+    def method(self) -> str:
+        """Either "tract" or "btd"."""
+        return self.methods[0].kind
 
     def counts(self) -> list[int]:
         """Steps of the teacher, and of each student in turn."""
@@ -91,7 +124,8 @@ class Plan(Config):
             teacher_sampling=last.teacher_sampling,
             sampling=last.sampling,
         )
-        made: RunConfig = self.phases[-1].model_copy(update={"method": method, "parent": self.teacher})
+        changes = {"method": method, "parent": self.teacher, "seed": self.seed}
+        made: RunConfig = self.phases[-1].model_copy(update=changes)
         return made
 
 
@@ -115,11 +149,17 @@ def plan(teacher: RunConfig, parent: Parent, method: str, said: Mapping[str, Any
     training = {n.removeprefix("training."): changes.pop(n) for n in list(changes) if n.startswith("training.")}
     for name in training.keys() & _SAID.keys():
         raise UserError(f"training.{name}: is said of each phase, by {_SAID[name]}")
+    for name in changes:
+        if name not in _CHANGES[method]:
+            hint = f"did you mean 'training.{name}'?" if name in TrainingConfig.model_fields else None
+            raise UserError(
+                f"{name}: unknown field; {hint or nearest(name, [*Options.model_fields, *_CHANGES[method]])}"
+            )
     origin = _origin(teacher, method, options.schedule, changes)
     grids = _grids(origin, method, options.schedule)
     model = origin.model
     if options.parametrization is not None:
-        model = model.replace(parametrization=options.parametrization)
+        model = _with_head(model, options.parametrization)
     _require_head(model, len(Partition.of(grids[-1], origin.num_steps)))
     lengths, rates = _lengths(options.steps, teacher.spec, len(grids) - 1), _each("lr", options.lr, len(grids) - 1)
     phases = []
@@ -153,7 +193,7 @@ def plan(teacher: RunConfig, parent: Parent, method: str, said: Mapping[str, Any
             "parent": None,
         }
         phases.append(checked(RunConfig.parse(teacher.to_json() | made)))
-    return Plan(teacher=parent, warm_start=options.warm_start, phases=tuple(phases))
+    return Plan(teacher=parent, seed=options.seed, warm_start=options.warm_start, phases=tuple(phases))
 
 
 @dataclass(frozen=True)
@@ -180,8 +220,8 @@ class _Origin:
         """How it samples in full: options of its run's `sample`."""
         if self.student:
             return {"num_steps": len(Partition.of(self.start, self.num_steps))}
-        own = {"num_steps": self.num_steps, "spacing": self.spacing}
-        return {**own, "solver": config.solver, "clip": config.clip}
+        solver = {"kind": "heun"} if config.solver == "heun" else {"kind": "ddim", "eta": 0.0}
+        return {"num_steps": self.num_steps, "spacing": self.spacing, "solver": solver, "clip": config.clip}
 
 
 def _origin(teacher: RunConfig, method: str, schedule: Sequence[Any] | None, changes: dict[str, Any]) -> _Origin:
@@ -197,6 +237,8 @@ def _origin(teacher: RunConfig, method: str, schedule: Sequence[Any] | None, cha
                 f"schedule: begins with {count} steps, but the teacher was distilled to "
                 f"{', '.join(map(str, sorted(known)))}; begin with one of these"
             )
+        if "spacing" in changes:
+            raise UserError("spacing: is of a diffusion's steps; a student has its own grids")
         if changes.get("solver", "ddim") != "ddim":
             raise UserError(
                 f"solver: {changes['solver']!r} is for a diffusion's steps; the jumps of a student are ddim's"
@@ -227,7 +269,9 @@ def _grids(origin: _Origin, method: str, schedule: Sequence[Any] | None) -> list
     before = Partition.of(origin.start, origin.num_steps)
     first = len(before)
     if schedule is None:
-        halves = [first >> power for power in range(first.bit_length())]
+        halves = [first]
+        while halves[-1] % 2 == 0:
+            halves.append(halves[-1] // 2)
         middle = [n for n in range(2, int(first**0.5) + 1) if first % n == 0]
         schedule = halves if method == "btd" else [first, *middle[-1:], 1]
     if len(schedule) < 2:
@@ -258,6 +302,15 @@ def _grids(origin: _Origin, method: str, schedule: Sequence[Any] | None) -> list
 
 def _equal(groups: int, total: int) -> Partition | None:
     return None if total % groups else Partition.of(groups, total)
+
+
+def _with_head(model: MethodConfig, kind: str) -> MethodConfig:
+    """The diffusion with another parametrization."""
+    own = getattr(getattr(model, "parametrization", None), "kind", None)
+    if kind == "edm" and own != "edm":
+        raise UserError(f"parametrization: 'edm' is for students of an edm teacher, and this one is {own!r}; use v")
+    changed: MethodConfig = model.replace(parametrization=kind)
+    return changed
 
 
 def _require_head(model: MethodConfig, last: int) -> None:

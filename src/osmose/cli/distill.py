@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tyro.conf import Positional, Suppress, arg
 
 from osmose.cli.command import Result, quiet_warnings
 from osmose.errors import UserError
+
+if TYPE_CHECKING:
+    from osmose.acceleration.distill import Distillation
+    from osmose.data.dataset import Dataset
 
 #: Arguments that say where and how to run; all others say what is distilled, which a resumed distillation knows.
 _RUNNING = {"model", "out", "resume", "data_root", "threads", "quiet", "json", "overrides"}
@@ -41,7 +45,8 @@ class _Distill:
     loss_weight: Annotated[str | None, arg(help="truncated-snr, v or constant")] = None
     snr_cap: Annotated[float | None, arg(help="largest SNR in the weight; none if not given")] = None
     ema_residual: Annotated[
-        float | None, arg(help="share of a phase's first state in its averaged weights; 0: no averaging")
+        float | None,
+        arg(help="weight of a phase's first state in its averaged weights, relative to the last; 0: no average"),
     ] = None
     parametrization: Annotated[
         str | None, arg(help="what students predict: x0, v, edm or eps; as the teacher if not given")
@@ -63,57 +68,50 @@ class _Distill:
             raise UserError(f"--threads: {self.threads} is not valid: must be at least 1")
         import torch
 
-        from osmose.acceleration.distill import Distillation, parent_of
-        from osmose.acceleration.plan import plan
-        from osmose.training.run import Run, data_of, require_free
+        from osmose.acceleration.distill import prepared
 
-        teacher = Run.open(self.model)
         if self.threads:
             torch.set_num_threads(self.threads)
         if self.resume:
-            self._require_nothing_said()
-            distillation = Distillation.open(self.out, teacher)
-            return self._carry_out(distillation, data_of(teacher, self.data_root))
-        require_free(self.out)
-        decided = plan(teacher.config, parent_of(teacher), self.method, self._options())
-        dataset = data_of(teacher, self.data_root)
-        return self._carry_out(Distillation.begin(self.out, teacher, decided), dataset)
+            self._require_nothing_said(self.out)
+        distillation, dataset = prepared(
+            self.model, self.out, self.method, {} if self.resume else self._options(), self.data_root, self.resume
+        )
+        return self._carry_out(distillation, dataset)
 
     def _options(self) -> dict[str, Any]:
-        """Arguments of `plan`."""
+        """What `plan` is told."""
         said = {
-            "training.batch_size": self.batch_size,
-            "solver": self.solver,
-            "weight": self.loss_weight,
-            "snr_cap": self.snr_cap,
-            **self._own(),
-        }
-        changes = {name: value for name, value in said.items() if value is not None}
-        for name in changes:
-            if name in self.overrides:
-                raise UserError(f"{name}: given twice, as a flag and as {name}={self.overrides[name]}")
-        options = {
             "schedule": None if self.schedule is None else _schedule(self.schedule),
             "steps": None if self.steps is None else _numbers("steps", self.steps, int),
             "lr": None if self.lr is None else _numbers("lr", self.lr, float),
             "ema_residual": self.ema_residual,
             "parametrization": self.parametrization,
             "seed": self.seed,
-            "warm_start": not self.cold_start,
+            "warm_start": False if self.cold_start else None,
+            "training.batch_size": self.batch_size,
+            "solver": self.solver,
+            "weight": self.loss_weight,
+            "snr_cap": self.snr_cap,
+            **self._own(),
         }
-        return {name: value for name, value in options.items() if value is not None} | changes | self.overrides
+        flags = {name: value for name, value in said.items() if value is not None}
+        for name in flags:
+            if name in self.overrides:
+                raise UserError(f"{name}: given twice, as a flag and as {name}={self.overrides[name]}")
+        return flags | self.overrides
 
     def _own(self) -> dict[str, Any]:
         """What one method has and the other has not."""
         return {}
 
-    def _require_nothing_said(self) -> None:
+    def _require_nothing_said(self, out: Path) -> None:
         given = [f.name for f in fields(self) if f.name not in _RUNNING and getattr(self, f.name) != f.default]
         for name in [*given, *self.overrides]:
             flag = f"--{name.replace('_', '-')}" if name in given else name
-            raise UserError(f"{flag}: given, but {self.out} is continued by its own settings; resume without it")
+            raise UserError(f"{flag}: given, but {out} is continued by its own settings; resume without it")
 
-    def _carry_out(self, distillation: Any, dataset: Any) -> Result:
+    def _carry_out(self, distillation: Distillation, dataset: Dataset) -> Result:
         from osmose.training.trainer import DivergedError
 
         again = f"osmose distill {self.method} {self.model} --out {self.out} --resume"

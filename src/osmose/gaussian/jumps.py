@@ -20,9 +20,7 @@ from torch import Tensor
 from osmose.gaussian.denoiser import Denoiser
 from osmose.gaussian.parametrization import Number, column
 from osmose.gaussian.schedule import Level
-
-#: Noise-to-signal ratio above which Heun's rule is applied in 1 / r, as by the solver.
-_LOUD = 100.0
+from osmose.gaussian.solvers import LOUD
 
 
 def gap(t: Level, s: Level) -> Number:
@@ -69,7 +67,7 @@ def heun_x0(
     second = denoise(there, s, condition)
     # In r = sigma / alpha the slope is eps, and the mean of its values at both ends gives back an estimate of x0 at t.
     eps = (there - column(s.alpha, x_t) * second) / column(s.sigma, x_t)
-    loud = torch.gt(t.sigma, _LOUD * t.alpha)
+    loud = torch.gt(t.sigma, LOUD * t.alpha)
     alpha = t.alpha.masked_fill(loud, 1.0)
     from_eps = (x_t - column(t.sigma, x_t) * eps) / column(alpha, x_t)
     loud = loud.to(x_t.device).view(-1, *(1,) * (x_t.ndim - 1))

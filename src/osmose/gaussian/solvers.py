@@ -22,6 +22,9 @@ from osmose.gaussian.schedule import Level
 
 DrawNoise = Callable[[], Tensor]
 
+#: The noise-to-signal ratio r above which Heun's rule is applied in 1 / r.
+LOUD = 100.0
+
 
 class Denoise(Protocol):
     """E[x0 | x_t] of a batch at a level."""
@@ -155,7 +158,7 @@ class Heun(Solver):
             predicted = x.mul(keep).add_(x0, alpha=s.alpha - keep * t.alpha)
             if s.sigma == 0:
                 x = predicted
-            elif t.sigma <= 100 * t.alpha:
+            elif t.sigma <= LOUD * t.alpha:
                 eps = (x - t.alpha * x0).div_(t.sigma)
                 eps.add_((predicted - s.alpha * denoise(predicted, s)).div_(s.sigma)).div_(2)
                 ratio = s.alpha / t.alpha

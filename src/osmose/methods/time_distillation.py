@@ -18,7 +18,8 @@ on the student's estimate of x0 whatever its network predicts, with SNR = alpha_
 
 =============  ======================================================================================================
 truncated-snr  w = max(SNR, 1). The plain SNR would leave t = T, all that a one-step student is asked, untrained.
-v              w = SNR + 1 / sigma_data^2, the squared error of v (of EDM's output, where there is a sigma_data)
+v              w = SNR + 1 / sigma_data^2: the squared error of EDM's output, and with sigma_data = 1, which stands for
+               other parametrizations, that of v on a variance-preserving schedule
 constant       w = 1
 =============  ======================================================================================================
 
@@ -61,7 +62,12 @@ class TimeDistillationConfig(StudentConfig):
     def _one_coarser_grid(self) -> TimeDistillationConfig:
         if len(self.grids) != 1:
             raise ValueError(f"grids: {len(self.grids)} given, a phase has one")
-        self.groups()
+        try:
+            self.groups()
+        except ValueError as error:
+            raise ValueError(f"grids: {error}") from None
+        if self.weight == "constant" and self.snr_cap is not None:
+            raise ValueError(f"snr_cap: {self.snr_cap:g} has no meaning with weight=constant")
         return self
 
     def groups(self) -> Partition:
@@ -94,7 +100,8 @@ class BTDConfig(TimeDistillationConfig):
         if lengths != {2}:
             total = groups.tops[-1]
             raise ValueError(
-                f"btd makes one step of two; {total} steps to {len(groups)} in groups of {sorted(lengths)}: use tract"
+                f"grids: btd makes one step of two; {total} steps to {len(groups)} in groups of {sorted(lengths)}; "
+                "use tract"
             )
         return self
 
@@ -157,10 +164,9 @@ class TimeDistillation(Students):
         """Leave dropout off: the targets are functions, and their noise would be learned."""
         return super().train(False)
 
-    @property
     @abstractmethod
-    def finisher(self) -> NetworkDenoiser:
-        """What goes from the level after the teacher's step to the bottom of the group."""
+    def finish(self, x_m: Tensor, m: Level[Tensor], s: Level[Tensor], condition: Tensor | None) -> Tensor:
+        """The f that leads from x_m, at the level after the teacher's step, to the bottom s of the group."""
 
     def steps(self, u: Tensor) -> Tensor:
         """The teacher's steps at which items are taught, int64 (B,), from uniform numbers (B,)."""
@@ -187,18 +193,23 @@ class TimeDistillation(Students):
             s: bottoms of the groups; where they are m, the target is the teacher's own estimate.
             condition: class of each item, or None.
         """
-        teacher, finisher = (self._clipped(denoiser) for denoiser in (self.teacher, self.finisher))
-        target = teacher(x_t, t, condition)
-        if self.config.solver == "heun" and (rows := _where(m.sigma > 0, x_t)) is not None:
-            own = x_t[rows], target[rows], take(t, rows.cpu()), take(m, rows.cpu())
-            target[rows] = heun_x0(teacher, *own, _of(condition, rows))
+        target = self.step(x_t, t, m, condition)
         if (rows := _where(m.sigma > s.sigma, x_t)) is not None:
-            x, first = x_t[rows], target[rows]
+            x, first, own = x_t[rows], target[rows], _of(condition, rows)
             t, m, s = (take(level, rows.cpu()) for level in (t, m, s))
-            second = finisher(jump(x, first, t, m), m, _of(condition, rows))
+            second = self.finish(jump(x, first, t, m), m, s, own)
             share = column(share_of_first(t, m, s), x)
             target[rows] = share * first + (1 - share) * second
         return target
+
+    def step(self, x_t: Tensor, t: Level[Tensor], s: Level[Tensor], condition: Tensor | None) -> Tensor:
+        """The f of a step of the teacher from t to s, shape of x_t."""
+        teacher = self._clipped(self.teacher)
+        x0 = teacher(x_t, t, condition)
+        if self.config.solver == "heun" and (rows := _where(s.sigma > 0, x_t)) is not None:
+            own = x_t[rows], x0[rows], take(t, rows.cpu()), take(s, rows.cpu())
+            x0[rows] = heun_x0(teacher, *own, _of(condition, rows))
+        return x0
 
     def weight(self, t: Level[Tensor]) -> Tensor:
         """w(t), float64 (B,)."""
@@ -224,9 +235,8 @@ class TimeDistillation(Students):
 class BTD(TimeDistillation):
     """See `BTDConfig`."""
 
-    @property
-    def finisher(self) -> NetworkDenoiser:
-        return self.teacher
+    def finish(self, x_m: Tensor, m: Level[Tensor], s: Level[Tensor], condition: Tensor | None) -> Tensor:
+        return self.step(x_m, m, s, condition)
 
     def steps(self, u: Tensor) -> Tensor:
         tops = torch.tensor(self.groups.tops)
@@ -253,9 +263,8 @@ class Tract(TimeDistillation):
         super().begin(teacher, warm)
         self.self_teacher.load_state_dict(self.learner.state_dict())
 
-    @property
-    def finisher(self) -> NetworkDenoiser:
-        return self.self_teacher
+    def finish(self, x_m: Tensor, m: Level[Tensor], s: Level[Tensor], condition: Tensor | None) -> Tensor:  # noqa: ARG002
+        return self._clipped(self.self_teacher)(x_m, m, condition)
 
     def networks(self) -> list[nn.Module]:
         return [*super().networks(), self.self_teacher.network]

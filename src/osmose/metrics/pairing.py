@@ -160,13 +160,17 @@ class Result:
 def full_sampling(run: Run, against: Run) -> dict[str, Any]:
     """How `against` samples when `run` is held against it: options of its model's `sample`.
 
-    A teacher samples as its students were taught to; any other run as it does by itself.
+    The diffusion that students were distilled from, or one on its schedule, samples as they were taught to, whichever
+    phase they are of; any other run as it does by itself.
     """
-    method, parent = run.config.method, run.config.parent
-    if not isinstance(method, StudentConfig) or parent is None or parent.sha256 != against.hash():
+    method, other = run.config.method, against.config.method
+    if not isinstance(method, StudentConfig):
         return {}
-    # A phase of a distillation has one grid; the options are those of the teacher that was before all phases.
-    return {} if isinstance(against.config.method, TimeDistillationConfig) else dict(method.teacher_sampling)
+    parent = run.config.parent
+    taught = parent is not None and parent.sha256 == against.hash() and not isinstance(other, TimeDistillationConfig)
+    same = getattr(other, "schedule", None) == getattr(method.model, "schedule", None)
+    alike = same and "solver" in method.teacher_sampling
+    return dict(method.teacher_sampling) if taught or alike else {}
 
 
 def paired_rmse(samples: Tensor, others: Tensor, spec: DataSpec) -> float:

@@ -242,7 +242,9 @@ def _trained(task: Task, dataset: Dataset) -> tuple[Run, int]:
         teacher = task.teacher()
         plan = task.config.model_copy(update={"teacher": parent_of(teacher)})
         distillation = (
-            Distillation.open(task.run_folder, teacher) if begun else Distillation.begin(task.run_folder, teacher, plan)
+            Distillation.open(task.run_folder, teacher, plan.method)
+            if begun
+            else Distillation.begin(task.run_folder, teacher, plan)
         )
         if not distillation.carry_out(dataset, progress=False):
             raise KeyboardInterrupt

@@ -50,21 +50,27 @@ class Task:
         return self.folder / "measurements" / f"{self.cell.name}-{self.seed}.json"
 
     def description(self) -> dict[str, Any]:
-        """What is trained, as plain JSON: the run's configuration, or plan; of a cell without a method, its data."""
+        """What is trained, as plain JSON: the run's configuration; of a cell without a method, its data.
+
+        Of a distillation it is the plan, and what the teacher is.
+        """
         if self.config is None:
             return {"data": self.data.to_json(), "data_sha256": self.identity, "seed": self.seed}
-        return _what(self.config.to_json())
+        of = {"distilled": self.uses[0].description()} if isinstance(self.config, Plan) else {}
+        return _what(self.config.to_json()) | of
 
     def has_other_run(self) -> bool:
         """Whether its run folder holds a run of another configuration or teacher, or one that was hardly begun."""
+        assert self.config is not None, "a cell without a method has no run"
         distilled = isinstance(self.config, Plan)
         path = self.run_folder / ("distillation.json" if distilled else "config.json")
         if not path.is_file():
             return self.run_folder.exists()
         held = files.read_json(path)
-        if distilled and held["teacher"]["sha256"] != self.teacher().hash():
-            return True
-        return _what(held) != self.description()
+        # Of a teacher that is not there yet, it is asked again once it is.
+        here = distilled and (self.uses[0].run_folder / "model.safetensors").is_file()
+        other = here and held["teacher"]["sha256"] != self.teacher().hash()
+        return other or _what(held) != _what(self.config.to_json())
 
     def teacher(self) -> Run:
         """The run that its distillation begins with."""

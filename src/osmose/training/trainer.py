@@ -42,6 +42,9 @@ class Trainer:
     Works under `torchrun` and `accelerate launch`: the batch is shared among the processes, and one process and many
     follow the same loss curve.
 
+    Attributes:
+        asked: whether a signal has asked to stop, be it in the last step.
+
     Args:
         run: the run, new or begun.
         dataset: its data.
@@ -97,6 +100,7 @@ class Trainer:
         self.window = Window()
         state = self.checkpoints.restore(self.model, self.ema, self.optimizer)
         self.step = int(state["step"])
+        self.asked = False
         if self.is_main and "window" in state:  # the sums are over all processes: one takes them up again
             self.window.sums = torch.tensor(state["window"], dtype=torch.float64)
             self.window.parts = list(state.get("parts", []))
@@ -126,6 +130,7 @@ class Trainer:
             if self.checkpoints.all():  # whoever wrote the newest may have been killed before it did the rest
                 self.checkpoints.prune()
                 self.run.write_weights(self.ema.state_dict())
+        self.accelerator.wait_for_everyone()  # the others may be about to read what was written
         self.progress.start(self.step, self.config.steps, self.config.batch_size)
         with stopping_on_signal() as stopped, torch.random.fork_rng(), self.progress:
             if not self.config.steps and not self.checkpoints.all():  # `prepare` was all there is to do
@@ -142,6 +147,7 @@ class Trainer:
                 if self.step % self.config.log_every == 0:
                     self._log(window.drain(self._summed), lr=self.config.lr_at(self.step - 1))
                 last, asked = self.step == self.config.steps, self._agreed(stopped)
+                self.asked = asked
                 if last or self.step % self.config.validate_every == 0:
                     self._log(self.validate())
                 if last or self.step % self.config.preview_every == 0:
@@ -273,7 +279,7 @@ class Trainer:
         times = "" if t is None else f" (last batch: t from {t.min():.3f} to {t.max():.3f}, median {t.median():.3f})"
         raise DivergedError(
             f"{what} at step {step}{times}; last good checkpoint: "
-            f"{saved[-1] if saved else 'none yet'}; a lower training.lr or a smaller training.clip_grad usually helps"
+            f"{saved[-1] if saved else 'none yet'}; a lower learning rate or a smaller training.clip_grad usually helps"
         )
 
 
