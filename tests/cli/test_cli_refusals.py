@@ -98,7 +98,7 @@ def test_training_is_refused(refused, tmp_path, monkeypatch, words, message):
 
 def test_a_place_that_is_taken_is_refused(refused, runs):
     (runs / "file").write_text("kept")
-    full = "exists already; choose another folder (train --resume continues a run)"
+    full = "exists already; choose another folder (--resume continues a run)"
     assert refused(*TOY[:-1], "toy") == f"--out: toy {full}"
     assert refused(*TOY[:-1], "file") == f"--out: file {full}"
     assert refused(*TOY[:-1], ".") == f"--out: . {full}"

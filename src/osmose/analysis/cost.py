@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from osmose.gaussian.draws import StepDraws
 from osmose.methods.base import Batch, GenerativeModel
+from osmose.methods.students import Students
 from osmose.training.config import TrainingConfig
 from osmose.training.ema import EMA
 from osmose.training.trainer import chosen_precision
@@ -54,7 +55,12 @@ class StepTime:
 
 
 def num_parameters(module: nn.Module) -> int:
-    """Learned numbers of a module: those that are trained, and those that were fitted or taken over."""
+    """Learned numbers of a module: those that are trained, and those that were fitted or taken over.
+
+    Of several students they are those of the one that samples.
+    """
+    if isinstance(module, Students):
+        module = module.student(module.sampling().num_steps)
     return sum(parameter.numel() for parameter in module.parameters())
 
 

@@ -109,7 +109,7 @@ class Info:
         }
         rows = {
             "method": config.method.kind,
-            "trained": "not at all: put together"
+            "trained": f"not itself: put together of {'students' if config.method.kind == 'distilled' else 'runs'}"
             if config.method.kind in COMPOSED
             else f"{values['step']} of {config.training.steps} steps, seed {config.seed}",
             **costs,

@@ -24,15 +24,15 @@ class TractEMA(FewSteps):
     """TRACT from 1024 to 32 to 1 step, with several self-teaching averages, and at mu_S = 0.5 several inference ones.
 
     Teacher and optimiser as in the study `tract` (`average`). mu_I is given by rho = mu_I^N for a phase of N updates:
-    the weight of the first state relative to the last. 0 is no average, 0.001 is the published code's (mu_I = 0.99995 is
-    0.0001 for phases of 196,608 updates), and with 0.1 early states weigh nearly as much as late ones.
+    the weight of the first state relative to the last. 0 is no average, 0.001 is the published code's (mu_I = 0.99995
+    is 0.0001 for phases of 196,608 updates), and with 0.1 early states weigh nearly as much as late ones.
     """
 
     title = "TRACT's two averages: mu_S teaches, mu_I is sampled from"
     source = (
         "TRACT (arXiv 2303.04248): mu_S in 0.1 to 0.9 is good, 0.5 best, mu_I = 0.99995 best; FIDs at 1 step on "
-        "CIFAR-10 from a summary by others: mu_S = 0, 0.5, 0.9, 0.99: 6.32, 5.24, 6.04, 7.61; mu_I = 0.999, 0.9999, 0.99995, "
-        "0.99999: 6.91, 5.50, 5.24, 8.73"
+        "CIFAR-10 from a summary by others: mu_S = 0, 0.5, 0.9, 0.99: 6.32, 5.24, 6.04, 7.61; mu_I = 0.999, 0.9999, "
+        "0.99995, 0.99999: 6.91, 5.50, 5.24, 8.73"
     )
 
     def budgets(self) -> dict[str, int]:

@@ -135,7 +135,7 @@ def require_free(folder: Path) -> None:
         UserError: there is a file, or a folder that is not empty.
     """
     if is_first_process() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--out: {folder} exists already; choose another folder (train --resume continues a run)")
+        raise UserError(f"--out: {folder} exists already; choose another folder (--resume continues a run)")
 
 
 def data_of(run: Run, root: Path | None = None) -> Dataset:
