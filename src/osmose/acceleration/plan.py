@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -146,46 +146,22 @@ def plan(teacher: RunConfig, parent: Parent, method: str, said: Mapping[str, Any
     if method not in DISTILLED:
         raise UserError(f"method: {method!r} is not valid: should be one of {', '.join(DISTILLED)}")
     options = Options.parse({name: value for name, value in said.items() if name in Options.model_fields})
-    changes = {name: value for name, value in said.items() if name not in Options.model_fields}
-    training = {n.removeprefix("training."): changes.pop(n) for n in list(changes) if n.startswith("training.")}
-    for name in training.keys() & _SAID.keys():
-        raise UserError(f"training.{name}: is said of each phase, by {_SAID[name]}")
-    for name in changes:
-        if name not in _CHANGES[method]:
-            hint = f"did you mean 'training.{name}'?" if name in TrainingConfig.model_fields else None
-            raise UserError(
-                f"{name}: unknown field; {hint or nearest(name, [*Options.model_fields, *_CHANGES[method]])}"
-            )
+    training = {n.removeprefix("training."): value for n, value in said.items() if n.startswith("training.")}
+    changes = {n: v for n, v in said.items() if n not in Options.model_fields and not n.startswith("training.")}
+    _require_known(method, training, changes)
     origin = _origin(teacher, method, options.schedule, changes)
     grids = _grids(origin, method, options.schedule)
-    model = origin.model
     if options.parametrization is not None:
-        model = _with_head(model, options.parametrization)
-    _require_head(model, len(Partition.of(grids[-1], origin.num_steps)))
+        origin = replace(origin, model=_with_head(origin.model, options.parametrization))
+    _require_head(origin.model, len(Partition.of(grids[-1], origin.num_steps)))
     lengths, rates = _lengths(options.steps, teacher.spec, len(grids) - 1), _each("lr", options.lr, len(grids) - 1)
     phases = []
     for index, (fine, coarse) in enumerate(pairwise(grids)):
-        config = METHODS.resolve(method).parse(
-            override(
-                {
-                    "model": model.to_json(),
-                    "conditional": model.conditional,
-                    "num_steps": origin.num_steps,
-                    "spacing": origin.spacing,
-                    "teacher_grid": fine,
-                    "grids": [coarse],
-                    "clip": origin.clip,
-                    "sampling": {"num_steps": len(Partition.of(coarse, origin.num_steps))},
-                },
-                changes,
-            )
-        )
-        # A student has learned where to jump, not a slope: only a diffusion's own steps can be Heun's.
-        sampling = origin.sampling(config)
-        config = config.replace(teacher_sampling=sampling, **({"solver": "ddim"} if index else {}))
-        length = lengths[index]
-        own = training_for(teacher.spec, length) | _TRAINING
-        own |= {"lr": rates[index], "ema": options.ema_residual ** (1 / length)}
+        config = origin.phase(method, fine, coarse, changes)
+        if index > 0:  # a student has learned where to jump, not a slope: only a diffusion's own steps can be Heun's
+            config = config.replace(solver="ddim")
+        own = training_for(teacher.spec, lengths[index]) | _TRAINING
+        own |= {"lr": rates[index], "ema": options.ema_residual ** (1 / lengths[index])}
         made = {
             "method": config.to_json(),
             "training": override(own, training),
@@ -195,6 +171,21 @@ def plan(teacher: RunConfig, parent: Parent, method: str, said: Mapping[str, Any
         }
         phases.append(checked(RunConfig.parse(teacher.to_json() | made)))
     return Plan(teacher=parent, seed=options.seed, warm_start=options.warm_start, phases=tuple(phases))
+
+
+def _require_known(method: str, training: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """Refuse what is decided here, or unknown.
+
+    Raises:
+        UserError: naming it, and what would be right.
+    """
+    for name in training.keys() & _SAID.keys():
+        raise UserError(f"training.{name}: is said of each phase, by {_SAID[name]}")
+    for name in changes:
+        if name not in _CHANGES[method]:
+            known = nearest(name, [*Options.model_fields, *_CHANGES[method]])
+            hint = f"did you mean 'training.{name}'?" if name in TrainingConfig.model_fields else known
+            raise UserError(f"{name}: unknown field; {hint}")
 
 
 @dataclass(frozen=True)
@@ -217,8 +208,24 @@ class _Origin:
     clip: bool
     student: bool
 
-    def sampling(self, config: TimeDistillationConfig) -> dict[str, Any]:
-        """How it samples in full: options of its run's `sample`."""
+    def phase(self, method: str, fine: Groups, coarse: Groups, changes: Mapping[str, Any]) -> TimeDistillationConfig:
+        """A phase from one grid to a coarser one."""
+        values = {
+            "model": self.model.to_json(),
+            "conditional": self.model.conditional,
+            "num_steps": self.num_steps,
+            "spacing": self.spacing,
+            "teacher_grid": fine,
+            "grids": [coarse],
+            "clip": self.clip,
+            "sampling": {"num_steps": len(Partition.of(coarse, self.num_steps))},
+        }
+        config: TimeDistillationConfig = METHODS.resolve(method).parse(override(values, changes))
+        changed: TimeDistillationConfig = config.replace(teacher_sampling=self._sampling(config))
+        return changed
+
+    def _sampling(self, config: TimeDistillationConfig) -> dict[str, Any]:
+        """How the first teacher samples in full: options of its run's `sample`."""
         if self.student:
             return {"num_steps": len(Partition.of(self.start, self.num_steps))}
         solver = {"kind": "heun"} if config.solver == "heun" else {"kind": "ddim", "eta": 0.0}
@@ -257,7 +264,7 @@ def _origin(teacher: RunConfig, method: str, schedule: Sequence[Any] | None, cha
         raise UserError(
             f"schedule: begins with {count} steps, but the teacher was trained on {native}; begin with {native} or less"
         )
-    spacing = changes.pop("spacing", "even" if native is None else "trailing")
+    spacing = changes.get("spacing", "even" if native is None else "trailing")
     clip = sampling.clip and teacher.spec.model_range is not None
     return _Origin(config, count, spacing, count, clip, False)
 
