@@ -221,7 +221,7 @@ class Tract(FewSteps):
                 lines["TRACT from 64 steps"] = [f"64-tract-2-both-{main}"]
             figure, axes = panels(2)
             for panel, metric in zip(axes, ("score", "rmse"), strict=True):
-                for (name, cells), marker in zip(lines.items(), "osD^v*P", strict=True):
+                for (name, cells), marker in zip(lines.items(), "osD^v*P", strict=False):
                     points = sorted(
                         (float(labels["steps"]), index, values[metric])
                         for cell in cells
