@@ -40,7 +40,7 @@ class TractPhases(FewSteps):
         """Updates in all, and in each phase."""
         if self.quick:
             return {"checkerboard": (30, 6)}
-        return {"checkerboard": (1200, 240), "digits": (1200, 240)}
+        return {"checkerboard": (1200, 240)}
 
     def cells(self) -> list[Cell]:
         cells = []
