@@ -338,7 +338,7 @@ def test_groups_may_be_unequal(teachers, tmp_path):
         ({"schedule": [64]}, "schedule: 64 alone is not valid"),
         ({"schedule": [[4, 64], 1]}, r"schedule: \[4, 64\] is not valid: the teacher's steps"),
         ({"schedule": [64, [4, 60], 1]}, "schedule: the last group ends at step 60, and the grid has 64"),
-        ({"schedule": [64, [16, 4, 64], 1]}, r"schedule: tops \[16, 4, 64\]: should rise"),
+        ({"schedule": [64, [16, 4, 64], 1]}, r"schedule: groups that end at \[16, 4, 64\]: the ends should rise"),
         ({"schedule": [64, 8, [4, 64]]}, "schedule: step 4 ends a group, but none of the 8 groups"),
         ({"schedule": [64, [4, 16, 64], 2]}, "schedule: 2 does not divide 3"),
         ({"kind": "btd", "schedule": [64, 32, 8]}, "schedule: btd halves, and 32 to 8 does not; use distill tract"),

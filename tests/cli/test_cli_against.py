@@ -99,7 +99,7 @@ def test_students_against_their_teacher(osmose, name):
         assert evaluation.score("energy") is not None
     assert [e["sampling"]["num_steps"] for e in (values["full"], *values["evaluations"])] == [64, 1, 8]
 
-    pictures = [f"few-{name}/samples/score-against-steps.png", f"few-{name}/samples/against-{name}.png"]
+    pictures = [f"few-{name}/samples/against-{name}-scores.png", f"few-{name}/samples/against-{name}.png"]
     assert values["wrote"] == [f"few-{name}/evaluation.json", f"{name}/evaluation.json", *pictures]
     for path in pictures:
         with Image.open(path) as image:

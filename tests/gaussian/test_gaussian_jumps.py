@@ -317,10 +317,10 @@ def test_groups_of_groups():
         (128, 64, "128 groups cannot have equal shares of 64 steps"),
         ([16, 32], 64, "the last group ends at step 32, and the grid has 64"),
         ([16, 65], 64, "the last group ends at step 65, and the grid has 64"),
-        ([16, 16, 64], 64, r"tops \[16, 16, 64\]: should rise"),
-        ([32, 16, 64], 64, r"tops \[32, 16, 64\]: should rise"),
-        ([0, 64], 64, r"tops \[0, 64\]: should rise, from at least 1"),
-        ([], 64, r"tops \[\]: should rise"),
+        ([16, 16, 64], 64, r"groups that end at \[16, 16, 64\]: the ends should rise"),
+        ([32, 16, 64], 64, r"groups that end at \[32, 16, 64\]: the ends should rise"),
+        ([0, 64], 64, r"groups that end at \[0, 64\]: the ends should rise, from at least 1"),
+        ([], 64, r"groups that end at \[\]: the ends should rise"),
     ],
 )
 def test_groups_that_do_not_fit_are_refused(groups, total, message):

@@ -221,12 +221,14 @@ def test_students_are_distilled_further(run):
 
 
 @pytest.mark.usefixtures("generations")
-@pytest.mark.xfail(strict=True, reason="the hash of a task knows the plan of its teacher, but not that one's teacher")
 def test_another_teacher_makes_all_generations_anew(run, school, monkeypatch):
     run(only="pupil/0")
     before = weights()
     monkeypatch.setattr(school, "steps", 5)
-    assert run()[0][:3] == ["teacher/0", "student/0", "pupil/0"]
+    again = run()[0]
+    assert [label for label in again if label in ("teacher/0", "student/0", "pupil/0")] == [
+        "teacher/0", "student/0", "pupil/0"
+    ]  # fmt: skip
     after = weights()
     assert not {name for name in before if before[name] == after[name]}
 

@@ -65,7 +65,7 @@ class Options(Config):
         """Say what is wrong before a union of types is tried, which says it of each."""
         for part in _flat(value):
             if isinstance(part, bool) or not isinstance(part, int) or part < 1:
-                raise ValueError(f"{part!r} should be a whole number, at least 1")
+                raise ValueError("should be whole numbers, at least 1")
         return value
 
     @field_validator("lr", mode="before")
@@ -73,7 +73,7 @@ class Options(Config):
     def _positive(cls, value: Any) -> Any:
         for part in _flat(value):
             if isinstance(part, bool) or not isinstance(part, int | float) or not 0 < part < math.inf:
-                raise ValueError(f"{part!r} should be a number above 0")
+                raise ValueError("should be a number above 0")
         return value
 
 
@@ -116,6 +116,8 @@ class Plan(Config):
         """The configuration of the run that is made of all students."""
         last = self.methods[-1]
         method = DistilledConfig(
+            taught=self.method,
+            teacher_grid=self.methods[0].teacher_grid,
             model=last.model,
             conditional=last.conditional,
             num_steps=last.num_steps,
@@ -125,7 +127,9 @@ class Plan(Config):
             teacher_sampling=last.teacher_sampling,
             sampling=last.sampling,
         )
-        changes = {"method": method, "parent": self.teacher, "seed": self.seed}
+        updates = sum(phase.training.steps for phase in self.phases)
+        training = self.phases[-1].training.model_copy(update={"steps": updates})
+        changes = {"method": method, "parent": self.teacher, "seed": self.seed, "training": training}
         made: RunConfig = self.phases[-1].model_copy(update=changes)
         return made
 
@@ -327,7 +331,7 @@ def _require_head(model: MethodConfig, last: int) -> None:
     if last == 1 and parametrization is not None and parametrization.kind == "eps":
         raise UserError(
             "parametrization: 'eps' cannot give x0 in one step, from pure noise; use parametrization=v, which the "
-            "student learns beginning with the teacher's weights, or end the schedule with 2 steps"
+            "student learns beginning with the teacher's weights"
         )
 
 

@@ -127,13 +127,19 @@ class _Distill:
         if not finished:
             return Result(values | {"finished": False}, ["stopped; everything is saved"], again, status=130)
         grids = ", ".join(map(str, sorted(counts[1:])))
-        seconds = sum(line.get("seconds", 0.0) for line in distillation.made.metrics())
-        line = f"wrote {self.out}: {' to '.join(map(str, counts))} steps in {seconds:.0f} s; it samples in {grids}"
+        log = distillation.made.metrics()
+        seconds = sum(line.get("seconds", 0.0) for line in log)
+        losses = {line["phase"]: line["validation_loss"] for line in log if "validation_loss" in line}
+        held_out = ", ".join(f"{loss:.4g}" for loss in losses.values())
+        line = (
+            f"wrote {self.out}: {' to '.join(map(str, counts))} steps in {seconds:.0f} s, held-out loss of the phases "
+            f"{held_out}; it samples in {grids} steps"
+        )
         if before:
-            line = f"{self.out} is finished already; it samples in {grids}"
+            line = f"{self.out} is finished already; it samples in {grids} steps"
         steps = ",".join(map(str, sorted(counts[1:])[:4]))
         return Result(
-            values | {"finished": True, "seconds": round(seconds, 2)},
+            values | {"finished": True, "seconds": round(seconds, 2), "held_out_losses": list(losses.values())},
             [line],
             f"osmose evaluate {self.out} --steps {steps} --against {self.model}",
         )

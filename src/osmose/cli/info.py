@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_module
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, Suppress, arg
 
@@ -14,6 +14,9 @@ from osmose.configuration import ConfigError, override
 from osmose.errors import UserError
 from osmose.networks import NETWORKS
 from osmose.networks.presets import EVENTS
+
+if TYPE_CHECKING:
+    from osmose.training.config import RunConfig
 
 
 @dataclass
@@ -86,7 +89,6 @@ class Info:
         return Result(values, lines, f"osmose train ddpm --data DATA --out RUN --network {name}{words}")
 
     def _run(self, folder: Path) -> Result:
-        from osmose.methods import COMPOSED
         from osmose.methods.time_distillation import TimeDistillation
         from osmose.metrics.evaluation import headline, read_evaluations
         from osmose.training.checkpoint import Checkpoints
@@ -109,9 +111,7 @@ class Info:
         }
         rows = {
             "method": config.method.kind,
-            "trained": f"not itself: put together of {'students' if config.method.kind == 'distilled' else 'runs'}"
-            if config.method.kind in COMPOSED
-            else f"{values['step']} of {config.training.steps} steps, seed {config.seed}",
+            "trained": _trained(config, values["step"]),
             **costs,
             "data": f"{config.identity.source}, {config.identity.num_train} items to train on, "
             f"{config.identity.num_held_out} held out ({config.identity.split}), sha256 {config.identity.sha256[:12]}",
@@ -155,6 +155,17 @@ class Info:
             lines,
             f"osmose train ddpm --data {source} --out RUN",
         )
+
+
+def _trained(config: RunConfig, step: int) -> str:
+    from osmose.methods import COMPOSED
+    from osmose.methods.students import DistilledConfig
+
+    if isinstance(config.method, DistilledConfig):
+        return f"by {config.method.history()}, {config.training.steps} updates in all, seed {config.seed}"
+    if config.method.kind in COMPOSED:
+        return "not at all: put together"
+    return f"{step} of {config.training.steps} steps, seed {config.seed}"
 
 
 def _cost(model: Any, training: Any) -> tuple[dict[str, Any], dict[str, str]]:

@@ -96,7 +96,7 @@ class Partition:
 
     def __post_init__(self) -> None:
         if not self.tops or any(high <= low for low, high in zip((0, *self.tops), self.tops, strict=False)):
-            raise ValueError(f"tops {list(self.tops)}: should rise, from at least 1")
+            raise ValueError(f"groups that end at {list(self.tops)}: the ends should rise, from at least 1")
 
     @classmethod
     def of(cls, groups: int | Sequence[int], total: int) -> Partition:

@@ -66,6 +66,14 @@ class DistilledConfig(StudentConfig):
     """The students of all phases of a distillation."""
 
     kind: Literal["distilled"] = "distilled"
+    taught: str = Field("", description="the method that taught them")
+    teacher_grid: Groups | None = Field(None, description="groups of the N steps: the first teacher's steps")
+
+    def history(self) -> str:
+        """What they were distilled by, and through which numbers of steps."""
+        grids = (self.num_steps if self.teacher_grid is None else self.teacher_grid, *self.grids)
+        counts = (str(len(Partition.of(groups, self.num_steps))) for groups in grids)
+        return f"{self.taught}, {' to '.join(counts)} steps"
 
     def build(self, spec: DataSpec) -> Students:
         return Students(self, spec).requires_grad_(False)

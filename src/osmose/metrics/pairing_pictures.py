@@ -18,12 +18,12 @@ _PANELS = 5
 
 
 def write_pictures(result: Result, spec: DataSpec) -> list[Path]:
-    """Write samples/against-NAME.png, where the data have a picture, and samples/score-against-steps.png.
+    """Write samples/against-NAME.png, where the data have a picture, and samples/against-NAME-scores.png.
 
     In the first, each column of images has the same noise; points of the same noise have the same colour.
     """
     folder = result.rows[0].run.folder / "samples"
-    pictures = {"score-against-steps.png": _curve(result)}
+    pictures = {f"against-{name_of(result.full.run)}-scores.png": _curve(result)}
     if has_picture(spec):
         draw = _images if spec.kind == "image" else _points
         pictures[f"against-{name_of(result.full.run)}.png"] = draw(result, spec)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from osmose.gaussian.jumps import Partition
 from osmose.metrics.evaluate import score_samples
 from osmose.metrics.pairing import paired_rmse
 from osmose.studies.study import Cell, Results, Row, Study, Trained
 from osmose.studies.verdicts import mean_and_spread
 from osmose.training import files
+from osmose.training.run import Run
 
 #: Names of the data sets in cells.
 DATA = {"checkerboard": "toy:checkerboard", "digits": "digits", "fashion-mnist": "fashion-mnist"}
@@ -76,8 +78,9 @@ class FewSteps(Study):
             files.write_tensors(trained.run.folder / _FULL, {"samples": known})
         else:
             known = files.read_tensors(trained.of(trained.cell.uses[-1]).folder / _FULL)["samples"]
-        runs = [trained.run, *(trained.of(name) for name in trained.cell.uses[:-1])]
-        seconds = sum(line.get("seconds", 0.0) for run in runs for line in run.metrics())
+        seconds = _seconds(trained.run)
+        for name in trained.cell.uses[:-1]:  # of a student that is distilled further, the phases that made it
+            seconds += _seconds(trained.of(name), trained.cell.changes["schedule"][0])
         rows = []
         for count in settings["counts"]:
             samples = model.sample(settings["n"], seed=trained.seed, **own | {"num_steps": count})
@@ -101,7 +104,9 @@ class FewSteps(Study):
             for cell in results.rows:
                 if not cell.startswith(data):
                     continue
-                for labels, values in results.groups(cell):
+                groups = results.groups(cell)
+                last = min(int(labels["steps"]) for labels, _ in groups)
+                for labels, values in groups:
                     shown = {
                         "configuration": cell.removeprefix(f"{data}-"),
                         "steps": str(labels["steps"]),
@@ -109,10 +114,20 @@ class FewSteps(Study):
                         "RMSE to the teacher": mean_and_spread(values["rmse"]),
                         "nfe": f"{values['nfe'].mean():g}",
                         "ms a sample": f"{1000 * values['seconds_per_sample'].mean():.3g}",
-                        "training, s": f"{values['training_seconds'].mean():.0f}",
+                        "training, s": f"{values['training_seconds'].mean():.0f}" if labels["steps"] == last else "",
                     }
                     lines.append(shown)
             if lines:
                 floor = mean_and_spread(results.groups(f"{data}-teacher")[0][1]["score_real"])
                 tables[f"{data} (real data: {floor})"] = lines
         return tables
+
+
+def _seconds(run: Run, steps: int | None = None) -> float:
+    """What a run took to train; of a distilled one with `steps`, up to the student of so many steps."""
+    lines = run.metrics()
+    if steps is not None:
+        method: Any = run.config.method  # of students: only they are distilled further
+        last = 1 + [len(Partition.of(groups, method.num_steps)) for groups in method.grids].index(steps)
+        lines = [line for line in lines if line["phase"] <= last]
+    return float(sum(line.get("seconds", 0.0) for line in lines))

@@ -185,8 +185,8 @@ class Tract(FewSteps):
             ]
         return [
             *claims,
-            against("btd: 64 steps of the teacher are a better beginning than 1024", "64-btd-both", "btd-decay"),
-            against("TRACT: 64 steps are a better beginning than 1024", "64-tract-2-both", "tract-2-decay"),
+            against("btd: 64 steps of the teacher are a better beginning than 1024", "64-btd-both", "btd-both"),
+            against("TRACT: 64 steps are a better beginning than 1024", "64-tract-2-both", "tract-2-both"),
             against("from 64 steps TRACT in two phases beats btd", "64-tract-2-both", "64-btd-both"),
             against("two phases of an EDM teacher beat two of the VP one", "edm-tract-2-average", "tract-2-average"),
             against("EDM teacher: two phases beat one", "edm-tract-2-average", "edm-tract-1-average"),

@@ -25,7 +25,7 @@ class TractEMA(FewSteps):
 
     Teacher and optimiser as in the study `tract` (`average`). mu_I is given by rho = mu_I^N for a phase of N updates:
     the weight of the first state relative to the last. 0 is no average, 0.001 is the published code's (mu_I = 0.99995
-    is 0.0001 for phases of 196,608 updates), and with 0.1 early states weigh nearly as much as late ones.
+    is 0.00005 for phases of 196,608 updates), and with 0.1 early states weigh nearly as much as late ones.
     """
 
     title = "TRACT's two averages: mu_S teaches, mu_I is sampled from"

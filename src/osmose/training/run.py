@@ -57,6 +57,11 @@ class Run:
             UserError: not a run folder, or a config.json that this version cannot read; the message says why.
         """
         folder = Path(folder)
+        if (folder / "distillation.json").is_file() and not (folder / "config.json").is_file():
+            raise UserError(
+                f"{folder}: a distillation that is not finished; osmose distill METHOD RUN --out {folder} --resume "
+                "goes on with it"
+            )
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: not a run folder (it has no config.json)")
         values = files.read_json(folder / "config.json")
