@@ -517,7 +517,7 @@ def test_killed_while_the_students_are_put_together_it_samples_afterwards(teache
     out = tmp_path / "run"
     with killer(out, name):
         distilled(teachers / "v", out)
-    with pytest.raises(UserError, match="not a run folder"):
+    with pytest.raises(UserError, match="a distillation that is not finished"):
         Run.open(out)
     made = distill(teachers / "v", out, resume=True, progress=False)
     for file in ("metrics.jsonl", "model.safetensors", "config.json"):
