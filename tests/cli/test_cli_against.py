@@ -78,7 +78,12 @@ def test_students_against_their_teacher(osmose, name):
     assert [(row["steps"], row["nfe"], row["call_ratio"]) for row in rows] == [(1, 1, 64), (8, 8, 8)]
     assert (full["run"], full["steps"], full["nfe"], full["call_ratio"], full["paired_rmse"]) == (name, 64, 64, 1, None)
     theirs = Run.open(f"few-{name}").config.method.teacher_sampling
-    assert theirs == {"num_steps": 64, "solver": "ddim", "spacing": "trailing", "clip": theirs["clip"]}
+    assert theirs == {
+        "num_steps": 64,
+        "solver": {"kind": "ddim", "eta": 0.0},
+        "spacing": "trailing",
+        "clip": theirs["clip"],
+    }
     for row in rows:
         expected = by_hand(f"few-{name}", name, theirs, num_steps=row["steps"])
         assert row["paired_rmse"] == pytest.approx(expected, rel=1e-5)
@@ -138,7 +143,10 @@ def test_one_table_for_people(osmose):
     assert (one[0], one[1], one[2], one[6]) == ("few-points", "1", f"{score.value:.4g}", "64x")
     assert one[4] == f"{stored('few-points')[0].paired.rmse:.4g}"
     assert f"sw2 of real data: {score.floor:.4g}" in answer.out
-    assert "wrote few-points/evaluation.json, points/evaluation.json, few-points/samples/score" in answer.out
+    assert (
+        "wrote few-points/evaluation.json, points/evaluation.json, few-points/samples/against-points-scores"
+        in answer.out
+    )
     assert "next: osmose compare few-points points" in answer.out
 
 
@@ -167,9 +175,9 @@ def test_runs_that_are_no_family(osmose):
     values = json.loads(osmose("evaluate", "edm", "--steps", "3", "--against", "points", *SCORED, "--json").out)
     assert values["rows"][0]["steps"] == 10
     assert values["rows"][1]["paired_rmse"] == pytest.approx(by_hand("edm", "points", {}, num_steps=3), rel=1e-5)
-    # Of a student, but not of this teacher: that samples as it does by itself. num_steps=8 chooses one grid.
+    # Of a student, but not of this teacher, which is on the same schedule. num_steps=8 chooses one grid.
     values = json.loads(osmose("evaluate", "few-points", "num_steps=8", "--against", "longer", *SCORED, "--json").out)
-    assert [row["steps"] for row in values["rows"]] == [10, 8]
+    assert [row["steps"] for row in values["rows"]] == [64, 8]
 
 
 def test_how_a_teacher_samples_in_full(work):

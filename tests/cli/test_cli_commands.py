@@ -1,6 +1,7 @@
 """What each command does, seen from outside."""
 
 import csv
+import dataclasses
 import importlib
 import importlib.metadata
 import json
@@ -46,7 +47,8 @@ def test_help_of_a_command_explains_every_argument(osmose, verb):
     command = getattr(importlib.import_module(module), name)
     words = " ".join(answer.out.replace("│", " ").replace("|", " ").split())
     assert command.__doc__.strip().splitlines()[0] in words
-    for name, kind in get_type_hints(command, include_extras=True).items():
+    hints = get_type_hints(command, include_extras=True)
+    for name, kind in ((field.name, hints[field.name]) for field in dataclasses.fields(command)):
         (said,) = [part for part in getattr(kind, "__metadata__", ()) if hasattr(part, "help")] or [None]
         if said is None:
             assert name == "overrides"
