@@ -870,7 +870,8 @@ def students(grids, spec=PLANE, chain=None, **values):
     chain = chain or DDPMConfig(network=TINY, schedule="trig", parametrization="v")
     sampling = {"num_steps": len(Partition.of(grids[0], 64))}
     torch.manual_seed(0)
-    given = {"model": chain, "num_steps": 64, "grids": grids, "sampling": sampling, **values}
+    given = {"model": chain, "num_steps": 64, "teacher_grid": 64, "grids": grids, "sampling": sampling, **values}
+    given["taught"] = "tract"
     model = DistilledConfig.parse(given).build(spec)
     for parameter in model.parameters():
         parameter.data.add_(0.3 * torch.randn_like(parameter))
@@ -952,9 +953,8 @@ def test_a_coarse_grid_is_made_of_steps_of_the_finest():
     assert model.finest == finest
     assert model.grids[4].levels == (finest[64], finest[48], finest[32], finest[16], CLEAN)
     assert model.grids[1].levels == (finest[64], CLEAN)
-    whole = DistilledConfig.parse(
-        {"model": DDPMConfig(network=TINY), "num_steps": 1000, "grids": [4], "sampling": {"num_steps": 4}}
-    ).build(PLANE)
+    sizes = {"num_steps": 1000, "teacher_grid": 1000, "grids": [4], "sampling": {"num_steps": 4}, "taught": "tract"}
+    whole = DistilledConfig.parse({"model": DDPMConfig(network=TINY), **sizes}).build(PLANE)
     assert [level.t for level in whole.grids[4].levels] == [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
@@ -987,9 +987,8 @@ def test_a_student_is_what_its_phase_trained():
     """The weights of a phase's student, put into a model of students, give the same samples."""
     model = phase("tract", 64, 8, schedule="trig")
     model.begin(random(model, std=0.5))
-    together = DistilledConfig.parse(
-        {"model": model.config.model, "num_steps": 64, "grids": [8, 1], "sampling": {"num_steps": 1}}
-    ).build(LINE)
+    sizes = {"num_steps": 64, "teacher_grid": 64, "grids": [8, 1], "sampling": {"num_steps": 1}, "taught": "tract"}
+    together = DistilledConfig.parse({"model": model.config.model, **sizes}).build(LINE)
     together.student(8).load_state_dict(model.learner.state_dict())
     assert torch.equal(together.sample(9, seed=5, num_steps=8).data, model.sample(9, seed=5).data)
     assert list(model.grids) == [8]

@@ -30,7 +30,7 @@ from osmose.methods.chain import ChainModel
 from osmose.methods.students import Students
 from osmose.methods.time_distillation import TimeDistillation
 from osmose.training import files
-from osmose.training.config import Parent, RunConfig
+from osmose.training.config import RunConfig
 from osmose.training.progress import Progress
 from osmose.training.recipes import flattened
 from osmose.training.run import Run, data_of, is_first_process, require_free, versions
@@ -85,19 +85,10 @@ def prepared(
             raise UserError(f"{name}: given, but {out} is continued by its own settings; resume without it")
         return Distillation.open(out, teacher, method), data_of(teacher, root)
     require_free(Path(out))
-    decided = plan(teacher.config, parent_of(teacher), method, said)
+    teacher.model()  # refuses a folder without weights, or with others
+    decided = plan(teacher.config, teacher.as_parent(), method, said)
     dataset = data_of(teacher, root)
     return Distillation.begin(out, teacher, decided), dataset
-
-
-def parent_of(run: Run) -> Parent:
-    """What a run made from another records of it.
-
-    Raises:
-        UserError: it has no weights yet, or others.
-    """
-    run.model()
-    return Parent(folder=run.folder.resolve().name, sha256=run.hash())
 
 
 class Distillation:
@@ -171,7 +162,7 @@ class Distillation:
         teacher, counts = self.teacher, self.plan.counts()
         for index, phase in enumerate(self.plan.phases):
             label = f"phase {index + 1}/{len(self.plan.phases)}, {counts[index]} to {counts[index + 1]} steps"
-            config = phase.replace(parent=parent_of(teacher).to_json())
+            config = phase.replace(parent=teacher.as_parent().to_json())
             folder = self.folder / "phases" / str(counts[index + 1])
             run = Run.open(folder) if (folder / "config.json").is_file() else Run.create(folder, config)
             if run.config.parent != config.parent:

@@ -17,9 +17,8 @@ from osmose.gaussian.draws import mix
 from osmose.gaussian.grid import Spacing
 from osmose.gaussian.jumps import Partition
 from osmose.methods import DISTILLED, METHODS
-from osmose.methods.base import MethodConfig
-from osmose.methods.chain import GaussianSampling
-from osmose.methods.students import DistilledConfig, Groups, StudentConfig
+from osmose.methods.diffusion import DiffusionConfig
+from osmose.methods.students import DistilledConfig, Groups, StudentConfig, num_groups
 from osmose.methods.time_distillation import TimeDistillationConfig
 from osmose.training.config import Parent, RunConfig, TrainingConfig
 from osmose.training.recipes import checked, training_for
@@ -108,9 +107,7 @@ class Plan(Config):
 
     def counts(self) -> list[int]:
         """Steps of the teacher, and of each student in turn."""
-        first = self.methods[0]
-        groups = [first.teacher_grid, *(method.grids[0] for method in self.methods)]
-        return [len(Partition.of(grid, first.num_steps)) for grid in groups]
+        return [self.methods[0].counts()[0], *(method.counts()[1] for method in self.methods)]
 
     def result(self) -> RunConfig:
         """The configuration of the run that is made of all students."""
@@ -157,7 +154,7 @@ def plan(teacher: RunConfig, parent: Parent, method: str, said: Mapping[str, Any
     grids = _grids(origin, method, options.schedule)
     if options.parametrization is not None:
         origin = replace(origin, model=_with_head(origin.model, options.parametrization))
-    _require_head(origin.model, len(Partition.of(grids[-1], origin.num_steps)))
+    _require_head(origin.model, num_groups(grids[-1]))
     lengths, rates = _lengths(options.steps, teacher.spec, len(grids) - 1), _each("lr", options.lr, len(grids) - 1)
     phases = []
     for index, (fine, coarse) in enumerate(pairwise(grids)):
@@ -205,7 +202,7 @@ class _Origin:
         student: whether it is a distilled run.
     """
 
-    model: MethodConfig
+    model: DiffusionConfig
     num_steps: int
     spacing: Spacing
     start: Groups
@@ -222,7 +219,7 @@ class _Origin:
             "teacher_grid": fine,
             "grids": [coarse],
             "clip": self.clip,
-            "sampling": {"num_steps": len(Partition.of(coarse, self.num_steps))},
+            "sampling": {"num_steps": num_groups(coarse)},
         }
         config: TimeDistillationConfig = METHODS.resolve(method).parse(override(values, changes))
         changed: TimeDistillationConfig = config.replace(teacher_sampling=self._sampling(config))
@@ -231,35 +228,25 @@ class _Origin:
     def _sampling(self, config: TimeDistillationConfig) -> dict[str, Any]:
         """How the first teacher samples in full: options of its run's `sample`."""
         if self.student:
-            return {"num_steps": len(Partition.of(self.start, self.num_steps))}
+            return {"num_steps": num_groups(self.start)}
         solver = {"kind": "heun"} if config.solver == "heun" else {"kind": "ddim", "eta": 0.0}
         return {"num_steps": self.num_steps, "spacing": self.spacing, "solver": solver, "clip": config.clip}
 
 
-def _origin(teacher: RunConfig, method: str, schedule: Sequence[Any] | None, changes: dict[str, Any]) -> _Origin:
-    """Raises UserError for what cannot be distilled, or not from so many steps."""
+def _origin(teacher: RunConfig, method: str, schedule: Sequence[Groups] | None, changes: Mapping[str, Any]) -> _Origin:
+    """The first teacher on its grid.
+
+    Raises:
+        UserError: what cannot be distilled, or not from so many steps.
+    """
     config, first = teacher.method, None if not schedule else schedule[0]
     if first is not None and not isinstance(first, int):
         raise UserError(f"schedule: {list(first)} is not valid: the teacher's steps, which come first, are a number")
     if isinstance(config, StudentConfig):
-        known = {len(Partition.of(groups, config.num_steps)): groups for groups in config.grids}
-        count = max(known) if first is None else first
-        if count not in known:
-            raise UserError(
-                f"schedule: begins with {count} steps, but the teacher was distilled to "
-                f"{', '.join(map(str, sorted(known)))}; begin with one of these"
-            )
-        if "spacing" in changes:
-            raise UserError("spacing: is of a diffusion's steps; a student has its own grids")
-        if changes.get("solver", "ddim") != "ddim":
-            raise UserError(
-                f"solver: {changes['solver']!r} is for a diffusion's steps; the jumps of a student are ddim's"
-            )
-        return _Origin(config.model, config.num_steps, config.spacing, known[count], config.clip, True)
-    sampling, noise_schedule = config.sampling, getattr(config, "schedule", None)
-    if not isinstance(sampling, GaussianSampling) or noise_schedule is None:
+        return _student(config, first, changes)
+    if not isinstance(config, DiffusionConfig):
         raise UserError(f"{config.kind}: is no diffusion that can be distilled; ddpm, iddpm and edm are")
-    native = noise_schedule.native_steps
+    native = config.schedule.native_steps
     suited = STEPS.get(changes.get("solver", "ddim"), STEPS["ddim"])
     count = first or min(native or suited, suited)
     if first is None and method == "btd":
@@ -269,11 +256,28 @@ def _origin(teacher: RunConfig, method: str, schedule: Sequence[Any] | None, cha
             f"schedule: begins with {count} steps, but the teacher was trained on {native}; begin with {native} or less"
         )
     spacing = changes.get("spacing", "even" if native is None else "trailing")
-    clip = sampling.clip and teacher.spec.model_range is not None
+    clip = config.sampling.clip and teacher.spec.model_range is not None
     return _Origin(config, count, spacing, count, clip, False)
 
 
-def _grids(origin: _Origin, method: str, schedule: Sequence[Any] | None) -> list[Groups]:
+def _student(config: StudentConfig, first: int | None, changes: Mapping[str, Any]) -> _Origin:
+    """A distilled run as the first teacher, on the grid with `first` steps or its finest."""
+    known = {num_groups(groups): groups for groups in config.grids}
+    count = max(known) if first is None else first
+    if count not in known:
+        raise UserError(
+            f"schedule: begins with {count} steps, but the teacher was distilled to "
+            f"{', '.join(map(str, sorted(known)))}; begin with one of these"
+        )
+    if "spacing" in changes:
+        raise UserError("spacing: is of a diffusion's steps; a student has its own grids")
+    if changes.get("solver", "ddim") != "ddim":
+        raise UserError(f"solver: {changes['solver']!r} is for a diffusion's steps; the jumps of a student are ddim's")
+    assert isinstance(config.model, DiffusionConfig), "nothing else is distilled"
+    return _Origin(config.model, config.num_steps, config.spacing, known[count], config.clip, True)
+
+
+def _grids(origin: _Origin, method: str, schedule: Sequence[Groups] | None) -> list[Groups]:
     """The grid of the teacher and of each student.
 
     Raises:
@@ -300,9 +304,9 @@ def _grids(origin: _Origin, method: str, schedule: Sequence[Any] | None) -> list
             if len(before) % groups:
                 raise UserError(f"schedule: {groups} does not divide {len(before)}, the steps before it")
             # Equal shares of the steps before, which need not be equal themselves.
-            length = len(before) // groups
-            tops = before.tops[length - 1 :: length]
-            groups = groups if Partition(tops) == _equal(groups, origin.num_steps) else tops
+            if groups > 1 and not isinstance(grids[-1], int):
+                length = len(before) // groups
+                groups = before.tops[length - 1 :: length]
         try:
             after = Partition.of(groups, origin.num_steps)
             after.within(before)
@@ -313,22 +317,17 @@ def _grids(origin: _Origin, method: str, schedule: Sequence[Any] | None) -> list
     return grids
 
 
-def _equal(groups: int, total: int) -> Partition | None:
-    return None if total % groups else Partition.of(groups, total)
-
-
-def _with_head(model: MethodConfig, kind: str) -> MethodConfig:
+def _with_head(model: DiffusionConfig, kind: str) -> DiffusionConfig:
     """The diffusion with another parametrization."""
-    own = getattr(getattr(model, "parametrization", None), "kind", None)
+    own = model.parametrization.kind
     if kind == "edm" and own != "edm":
         raise UserError(f"parametrization: 'edm' is for students of an edm teacher, and this one is {own!r}; use v")
-    changed: MethodConfig = model.replace(parametrization=kind)
+    changed: DiffusionConfig = model.replace(parametrization=kind)
     return changed
 
 
-def _require_head(model: MethodConfig, last: int) -> None:
-    parametrization = getattr(model, "parametrization", None)
-    if last == 1 and parametrization is not None and parametrization.kind == "eps":
+def _require_head(model: DiffusionConfig, last: int) -> None:
+    if last == 1 and model.parametrization.kind == "eps":
         raise UserError(
             "parametrization: 'eps' cannot give x0 in one step, from pure noise; use parametrization=v, which the "
             "student learns beginning with the teacher's weights"

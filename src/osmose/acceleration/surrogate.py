@@ -17,7 +17,7 @@ from osmose.methods.base import MethodConfig
 from osmose.methods.surrogate import LowResolutionSource, RunSource, Source, StoredSource, Surrogate, SurrogateConfig
 from osmose.metrics.admission import admit, read_samples
 from osmose.training import files
-from osmose.training.config import Parent, RunConfig
+from osmose.training.config import RunConfig
 from osmose.training.run import Run, load_weights, require_free
 
 
@@ -95,8 +95,7 @@ class Pair:
         )
         said = {f"sampling.{name}": value for name, value in sampling.items() if value is not None}
         method = method.replace(**said)
-        parent = Parent(folder=self.name, sha256=self.run.hash())
-        changed: RunConfig = config.model_copy(update={"method": method, "parent": parent})
+        changed: RunConfig = config.model_copy(update={"method": method, "parent": self.run.as_parent()})
         return changed
 
     def replace(self, **sampling: Any) -> None:

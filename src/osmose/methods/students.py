@@ -27,6 +27,11 @@ from osmose.methods.chain import ChainModel
 Groups = int | tuple[int, ...]
 
 
+def num_groups(groups: Groups) -> int:
+    """How many there are: the steps of a grid."""
+    return groups if isinstance(groups, int) else len(groups)
+
+
 class StudentSampling(SamplingConfig):
     """Which of the grids."""
 
@@ -39,6 +44,7 @@ class StudentConfig(MethodConfig):
     model: MethodChoice = Field(description="the diffusion that they are like")
     num_steps: int = Field(ge=1, description="N, the steps of the finest grid")
     spacing: Spacing = Field("even", description="of the finest grid")
+    teacher_grid: Groups = Field(description="groups of the N steps: the first teacher's steps")
     grids: tuple[Groups, ...] = Field(min_length=1, description="groups of the N steps, one grid for each student")
     clip: bool = Field(False, description="keep the denoised estimate inside the data's range")
     teacher_sampling: dict[str, Any] = Field(
@@ -50,10 +56,16 @@ class StudentConfig(MethodConfig):
     def _grids_fit(self) -> StudentConfig:
         if self.conditional != self.model.conditional:
             raise ValueError(f"conditional has to be as the diffusion's, {self.model.conditional}")
-        counts = [len(Partition.of(groups, self.num_steps)) for groups in self.grids]
+        for groups in (self.teacher_grid, *self.grids):
+            Partition.of(groups, self.num_steps)
+        counts = self.counts()[1:]
         if len(set(counts)) < len(counts):
             raise ValueError(f"grids: two have the same number of steps ({', '.join(map(str, counts))})")
         return self
+
+    def counts(self) -> list[int]:
+        """Steps of the first teacher, and of each student in turn."""
+        return [num_groups(groups) for groups in (self.teacher_grid, *self.grids)]
 
     @classmethod
     def recipe(cls, spec: DataSpec, data_std: float) -> dict[str, Any]:  # noqa: ARG003
@@ -66,14 +78,11 @@ class DistilledConfig(StudentConfig):
     """The students of all phases of a distillation."""
 
     kind: Literal["distilled"] = "distilled"
-    taught: str = Field("", description="the method that taught them")
-    teacher_grid: Groups | None = Field(None, description="groups of the N steps: the first teacher's steps")
+    taught: str = Field(description="the method that taught them")
 
     def history(self) -> str:
         """What they were distilled by, and through which numbers of steps."""
-        grids = (self.num_steps if self.teacher_grid is None else self.teacher_grid, *self.grids)
-        counts = (str(len(Partition.of(groups, self.num_steps))) for groups in grids)
-        return f"{self.taught}, {' to '.join(counts)} steps"
+        return f"{self.taught}, {' to '.join(map(str, self.counts()))} steps"
 
     def build(self, spec: DataSpec) -> Students:
         return Students(self, spec).requires_grad_(False)
@@ -102,8 +111,8 @@ class Students(GenerativeModel):
         self.students = nn.ModuleList([chain.denoiser, *others])
         self.grids = {}
         for groups in config.grids:
-            partition = Partition.of(groups, config.num_steps)
-            self.grids[len(partition)] = TimeGrid(tuple(self.finest[step] for step in (*partition.tops[::-1], 0)))
+            tops = Partition.of(groups, config.num_steps).tops
+            self.grids[len(tops)] = TimeGrid(tuple(self.finest[step] for step in (*tops[::-1], 0)))
         self.sampling()
 
     def student(self, num_steps: int) -> NetworkDenoiser:

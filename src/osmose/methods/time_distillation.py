@@ -46,14 +46,13 @@ from osmose.gaussian.jumps import Partition, heun_x0, jump, share_of_first, take
 from osmose.gaussian.parametrization import column, noised
 from osmose.gaussian.schedule import Level
 from osmose.methods.base import Batch, LossTerms
-from osmose.methods.students import Groups, StudentConfig, Students
+from osmose.methods.students import StudentConfig, Students
 from osmose.networks.averaging import newest_share
 
 
 class TimeDistillationConfig(StudentConfig):
     """One phase: from a teacher's grid to a coarser one."""
 
-    teacher_grid: Groups = Field(description="groups of the N steps: the teacher's steps")
     solver: Literal["ddim", "heun"] = Field("ddim", description="of the teacher's steps")
     weight: Literal["truncated-snr", "v", "constant"] = Field("truncated-snr", description="of the loss at a level")
     snr_cap: float | None = Field(None, gt=0, description="largest SNR in the weight; null for none")

@@ -22,8 +22,8 @@ from osmose.errors import UserError
 from osmose.gaussian.noise import Noise
 from osmose.gaussian.solvers import DDIM, Ancestral
 from osmose.methods.base import GenerativeModel, OnStep, SamplingConfig
-from osmose.methods.students import StudentConfig
-from osmose.methods.time_distillation import TimeDistillationConfig
+from osmose.methods.diffusion import DiffusionConfig
+from osmose.methods.students import DistilledConfig, StudentConfig
 from osmose.metrics.evaluation import Evaluation, Paired, evaluate_run, headline, record
 from osmose.training.run import Run
 
@@ -166,11 +166,13 @@ def full_sampling(run: Run, against: Run) -> dict[str, Any]:
     method, other = run.config.method, against.config.method
     if not isinstance(method, StudentConfig):
         return {}
-    parent = run.config.parent
-    taught = parent is not None and parent.sha256 == against.hash() and not isinstance(other, TimeDistillationConfig)
-    same = getattr(other, "schedule", None) == getattr(method.model, "schedule", None)
-    alike = same and "solver" in method.teacher_sampling
-    return dict(method.teacher_sampling) if taught or alike else {}
+    if isinstance(other, DiffusionConfig):
+        assert isinstance(method.model, DiffusionConfig), "nothing else is distilled"
+        alike = "solver" in method.teacher_sampling and other.schedule == method.model.schedule
+    else:  # students that were distilled further; a phase has one grid, and need not be told
+        parent = run.config.parent
+        alike = parent is not None and parent.sha256 == against.hash() and isinstance(other, DistilledConfig)
+    return dict(method.teacher_sampling) if alike else {}
 
 
 def paired_rmse(samples: Tensor, others: Tensor, spec: DataSpec) -> float:
@@ -248,13 +250,13 @@ def _require_same_noise(run: Run, against: Run) -> None:
 def _noise(run: Run) -> Noise:
     """The law of the noise that a run's samples are made from."""
     method = run.config.method
-    noise = getattr(method.model if isinstance(method, StudentConfig) else method, "noise", None)
-    if not isinstance(noise, Noise):
+    diffusion = method.model if isinstance(method, StudentConfig) else method
+    if not isinstance(diffusion, DiffusionConfig):
         raise UserError(
             f"--against: {run.folder} is a run of {method.kind}, whose samples do not come from the noise of a "
             "diffusion; ddpm, iddpm, edm and what is distilled from them can be paired"
         )
-    return noise
+    return diffusion.noise
 
 
 def _require_function(run: Run, sampling: SamplingConfig, advice: str) -> None:

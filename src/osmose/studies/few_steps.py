@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from osmose.gaussian.jumps import Partition
+from osmose.methods.students import num_groups
 from osmose.metrics.evaluate import score_samples
 from osmose.metrics.pairing import paired_rmse
 from osmose.studies.study import Cell, Results, Row, Study, Trained
@@ -128,6 +128,6 @@ def _seconds(run: Run, steps: int | None = None) -> float:
     lines = run.metrics()
     if steps is not None:
         method: Any = run.config.method  # of students: only they are distilled further
-        last = 1 + [len(Partition.of(groups, method.num_steps)) for groups in method.grids].index(steps)
+        last = 1 + [num_groups(groups) for groups in method.grids].index(steps)
         lines = [line for line in lines if line["phase"] <= last]
     return float(sum(line.get("seconds", 0.0) for line in lines))

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from osmose.acceleration.distill import Distillation, parent_of
+from osmose.acceleration.distill import Distillation
 from osmose.acceleration.plan import Plan
 from osmose.data.dataset import Dataset
 from osmose.errors import UserError
@@ -240,7 +240,7 @@ def _trained(task: Task, dataset: Dataset) -> tuple[Run, int]:
     begun = task.run_folder.exists()
     if isinstance(task.config, Plan):
         teacher = task.teacher()
-        plan = task.config.model_copy(update={"teacher": parent_of(teacher)})
+        plan = task.config.model_copy(update={"teacher": teacher.as_parent()})
         distillation = (
             Distillation.open(task.run_folder, teacher, plan.method)
             if begun

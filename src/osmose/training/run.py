@@ -26,7 +26,7 @@ from osmose.data.dataset import Dataset
 from osmose.errors import UserError
 from osmose.methods.base import GenerativeModel
 from osmose.training import files
-from osmose.training.config import RunConfig
+from osmose.training.config import Parent, RunConfig
 
 
 class Run:
@@ -98,6 +98,10 @@ class Run:
     def hash(self) -> str:
         """SHA-256 of model.safetensors: what a child run records of its parent."""
         return hashlib.sha256(self.weights.read_bytes()).hexdigest()
+
+    def as_parent(self) -> Parent:
+        """What a run that is made from this one records of it."""
+        return Parent(folder=self.folder.resolve().name, sha256=self.hash())
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line cut off by a crash is left out."""
