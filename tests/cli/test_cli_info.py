@@ -80,7 +80,7 @@ def test_what_is_in_the_folder_comes_first(refused, tmp_path, monkeypatch):
         (["unet", "--shape", "3,-8,8"], "--shape: '3,-8,8' is not valid"),
         (["unet", "--batch-size", "0"], "--batch-size: 0 is not valid: should be greater than or equal to 1"),
         (["unet", "--batch-size", "x"], "--batch-size: 'x' is not valid: should be a whole number"),
-        (["mbconv64", "network.scale_shift=true"], "network.scale_shift: true is for residual blocks"),
+        (["mbconv64", "network.modulation=scale-shift"], "network.modulation: scale-shift is for residual blocks"),
         (["unet", "network.chanels=8"], "network.chanels: unknown field; did you mean 'channels'?"),
         (["digits", "--shape", "1,8,8"], "--shape: '1,8,8' is for networks, and digits is a data set"),
         (["digits", "network.channels=8"], "network.channels: 8 is for networks, and digits is a data set"),
@@ -102,7 +102,8 @@ def test_presets_are_networks_to_train(osmose, tmp_path, monkeypatch):
         assert osmose("train", "ddpm", *words).status == 0
         network = json.loads(Path(name, "config.json").read_text())["method"]["network"]
         assert network == {
-            **{"kind": "unet", "channels": 8, "mult": [1, 2], "blocks": 2, "block": "residual", "scale_shift": False},
+            **{"kind": "unet", "channels": 8, "mult": [1, 2], "blocks": 2, "block": "residual", "modulation": "add"},
+            "time_frequency": 1.0,
             **{"attention": [4], "heads": 1, "dropout": 0.2, "norm_groups": 32, "group_channels": 4},
             **{"norm_eps": 1e-6, "padding": "symmetric"},
         }

@@ -6,7 +6,7 @@ blocks                         layers_per_block
 attention (resolutions)        AttnDownBlock2D / AttnUpBlock2D at those levels
 heads = channels / width       attention_head_dim = the width of a head; None is one head
 norm_groups                    norm_num_groups; group_channels=1 where that leaves fewer than four channels to a group
-scale_shift                    resnet_time_scale_shift = "scale_shift" (else "default")
+modulation = scale-shift       resnet_time_scale_shift = "scale_shift" (for add "default")
 padding                        downsample_padding = 1 (symmetric) or 0 (asymmetric)
 (DDPM's embedding)             flip_sin_to_cos = False, freq_shift = 1
 """
@@ -27,7 +27,7 @@ CASES = {
     "shallow": ((1, 8, 8), UNetConfig(channels=16, mult=(1,), blocks=1, attention=(), norm_groups=4)),
     "scale and shift": (
         (1, 8, 8),
-        UNetConfig(channels=16, mult=(1, 2), attention=(8,), norm_groups=4, scale_shift=True),
+        UNetConfig(channels=16, mult=(1, 2), attention=(8,), norm_groups=4, modulation="scale-shift"),
     ),
     "wide": ((2, 16, 32), UNetConfig(channels=16, mult=(1, 1, 3), blocks=1, attention=(16,), norm_groups=4)),
 }
@@ -49,7 +49,7 @@ def reference(config, event_shape, *, num_classes=None, head_dim=None):
         norm_num_groups=config.norm_groups,
         attn_norm_num_groups=config.norm_groups,
         norm_eps=config.norm_eps,
-        resnet_time_scale_shift="scale_shift" if config.scale_shift else "default",
+        resnet_time_scale_shift="scale_shift" if config.modulation == "scale-shift" else "default",
         downsample_padding=1 if config.padding == "symmetric" else 0,
         flip_sin_to_cos=False,
         freq_shift=1,

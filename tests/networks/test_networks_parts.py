@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from osmose.networks.base import pixel_norm
 from osmose.networks.blocks import Attention, MBConv, Norm, NormSiLU, Residual, Upsample
 from osmose.networks.unet import UNetConfig
 
@@ -72,7 +74,47 @@ def test_norm_silu_under_function_transforms():
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
-@pytest.fixture(params=[{}, {"block": "mbconv"}, {"scale_shift": True}], ids=["residual", "mbconv", "scale_shift"])
+@pytest.mark.parametrize("shape", [(2, 8, 2, 3), (1, 8, 5, 5), (3, 8, 4)])
+@pytest.mark.parametrize("varied", ["x", "w", "b", "xw", "xb", "wb", "xwb"])
+def test_the_forward_derivative_without_a_graph(shape, varied):
+    primals = tuple(value.detach() for value in inputs(shape))
+    tangents = {name: torch.randn_like(value) for name, value in zip("xwb", primals, strict=True) if name in varied}
+
+    def slope(f):
+        with forward_ad.dual_level():
+            named = zip("xwb", primals, strict=True)
+            duals = [forward_ad.make_dual(p, tangents[name]) if name in tangents else p for name, p in named]
+            return forward_ad.unpack_dual(f(*duals))
+
+    want = slope(plain)
+    with torch.no_grad():
+        got = slope(norm_silu)
+    assert torch.allclose(got.primal, want.primal, rtol=1e-12)
+    assert torch.allclose(got.tangent, want.tangent, rtol=1e-9, atol=1e-12)
+    with torch.enable_grad():
+        assert torch.allclose(slope(norm_silu).tangent, want.tangent, rtol=1e-9, atol=1e-12)
+
+
+def test_the_forward_derivative_without_a_graph_of_other_layouts():
+    x, weight, bias = (value.detach() for value in inputs())
+    for dx in (torch.randn(2, 8, 2, 1).double().expand(2, 8, 2, 3), torch.randn(2, 2, 3, 8).double().movedim(3, 1)):
+        for layout in LAYOUTS:
+            given = x.to(memory_format=layout)
+            with torch.no_grad():
+                got = torch.func.jvp(lambda x: norm_silu(x, weight, bias), (given,), (dx,))[1]
+            want = torch.func.jvp(lambda x: plain(x, weight, bias), (x,), (dx,))[1]
+            assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
+
+
+KINDS = {
+    "residual": {},
+    "mbconv": {"block": "mbconv"},
+    "scale-shift": {"modulation": "scale-shift"},
+    "double-norm": {"modulation": "double-norm"},
+}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
 def network(request):
     torch.manual_seed(0)
     config = UNetConfig(channels=8, mult=(1, 2), blocks=1, attention=(4,), **request.param)
@@ -96,9 +138,16 @@ def test_forward_derivatives_of_the_whole_network(network):
     with forward_ad.dual_level():
         dual = network(forward_ad.make_dual(x, dx), forward_ad.make_dual(label, dlabel))
         by_dual = forward_ad.unpack_dual(dual).tangent
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = network(forward_ad.make_dual(x, dx), forward_ad.make_dual(label, dlabel))
+        without_graph = forward_ad.unpack_dual(dual)
+    assert not without_graph.tangent.requires_grad
+    with torch.no_grad():
+        assert torch.equal(without_graph.primal, network(x, label))
     scale = float(finite.abs().max())
     assert (by_transform - finite).abs().max() < 1e-3 * scale
     assert torch.allclose(by_dual, by_transform, rtol=1e-6, atol=1e-8 * scale)
+    assert torch.allclose(without_graph.tangent, by_transform, rtol=1e-6, atol=1e-8 * scale)
     # In x alone everything is float64 and the difference quotient is sharp.
     h = 1e-4
     finite = (network(x + h * dx, label) - network(x - h * dx, label)) / (2 * h)
@@ -108,6 +157,23 @@ def test_forward_derivatives_of_the_whole_network(network):
     x.requires_grad_()
     pulled = torch.autograd.grad(network(x, label), x, w)[0]
     assert (pulled * dx).sum().item() == pytest.approx((finite * w).sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_derivatives_through_long_attention(kind):
+    torch.manual_seed(0)
+    config = UNetConfig(channels=4, mult=(1,), blocks=1, attention=(32,), **KINDS[kind])
+    network = config.build((1, 32, 16)).double()  # 512 positions: torch's attention
+    assert Attention.SHORT < 32 * 16
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        x, dx = torch.randn(2, 2, 1, 32, 16, dtype=torch.float64).unbind(0)
+        label, h = torch.tensor([20.0, 45.0]), 1e-5
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            got = forward_ad.unpack_dual(network(forward_ad.make_dual(x, dx), label)).tangent
+        want = (network(x + h * dx, label) - network(x - h * dx, label)) / (2 * h)
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-7)
 
 
 def test_a_forward_derivative_can_be_trained_through(network):
@@ -173,13 +239,16 @@ def randomised(module):
 
 @pytest.mark.parametrize("c_out", [8, 12])
 def test_the_residual_block_is_its_definition(c_out):
-    for scale_shift in (False, True):
-        block = randomised(Residual(UNetConfig(channels=4, scale_shift=scale_shift), 8, c_out))
+    for modulation in ("add", "scale-shift", "double-norm"):
+        block = randomised(Residual(UNetConfig(channels=4, modulation=modulation), 8, c_out))
         x, embedding = torch.randn(2, 8, 4, 6).double(), torch.randn(2, 16).double()
         time = block.time_emb_proj(embedding)[:, :, None, None]
         h = block.conv1(F.silu(block.norm1(x)))
-        if scale_shift:
+        if modulation == "scale-shift":
             h = F.silu(block.norm2(h) * (1 + time[:, :c_out]) + time[:, c_out:])
+        elif modulation == "double-norm":
+            s, b = (a / (a.square().mean(1, keepdim=True) + 1e-8).sqrt() for a in time.chunk(2, 1))
+            h = F.silu(block.norm2(h) * s + b)
         else:
             h = F.silu(block.norm2(h + time))
         want = block.conv2(h) + (x if c_out == 8 else block.conv_shortcut(x))
@@ -210,9 +279,19 @@ def test_the_mbconv_block_is_its_definition(c_out):
     assert torch.allclose(block(x, embedding), want, rtol=1e-10, atol=1e-12)
 
 
-def scaled(x, scale, shift, weight, bias):
+@pytest.mark.parametrize("shape", [(3, 5), (2, 8, 4, 4)])
+def test_pixel_norm_has_a_unit_root_mean_square(shape):
+    x = torch.randn(shape, dtype=torch.float64)
+    normed = pixel_norm(x)
+    assert torch.allclose(normed.square().mean(1), torch.ones_like(x[:, 0]), atol=1e-6)
+    assert torch.allclose(normed, pixel_norm(5 * x), atol=1e-6)
+    assert torch.allclose(normed / x, (normed / x)[:, :1].expand_as(x))
+    assert bool((pixel_norm(torch.zeros(2, 3)) == 0).all())
+
+
+def scaled(x, factor, shift, weight, bias):
     norm = Norm(UNetConfig(norm_groups=4, group_channels=1, norm_eps=1e-3), 8).double()
-    return torch.func.functional_call(Scaled(norm), {"norm.weight": weight, "norm.bias": bias}, (x, scale, shift))
+    return torch.func.functional_call(Scaled(norm), {"norm.weight": weight, "norm.bias": bias}, (x, factor, shift))
 
 
 class Scaled(torch.nn.Module):
@@ -220,24 +299,24 @@ class Scaled(torch.nn.Module):
         super().__init__()
         self.norm = norm
 
-    def forward(self, x, scale, shift):
-        return self.norm.scaled_silu(x, scale, shift)
+    def forward(self, x, factor, shift):
+        return self.norm.scaled_silu(x, factor, shift)
 
 
 def scaled_inputs():
     x, weight, bias = inputs()
-    scale, shift = torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64).unbind(0)
-    return x, scale.requires_grad_(), shift.requires_grad_(), weight, bias
+    factor, shift = torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64).unbind(0)
+    return x, factor.requires_grad_(), shift.requires_grad_(), weight, bias
 
 
 @every_layout
 def test_scaled_normalisation_is_its_definition(layout):
-    x, scale, shift, weight, bias = scaled_inputs()
+    x, factor, shift, weight, bias = scaled_inputs()
     x = x.detach().to(memory_format=layout).requires_grad_()
-    variables = (x, scale, shift, weight, bias)
+    variables = (x, factor, shift, weight, bias)
     got = scaled(*variables)
     normed = F.group_norm(x, 4, weight, bias, 1e-3)
-    want = F.silu(normed * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
+    want = F.silu(normed * factor[:, :, None, None] + shift[:, :, None, None])
     assert torch.allclose(got, want, rtol=1e-12, atol=1e-13)
     grad = torch.randn_like(got)
     for a, b in zip(*(torch.autograd.grad(y, variables, grad) for y in (got, want)), strict=True):
@@ -274,8 +353,8 @@ def test_normalisation_takes_activations_in_bf16_and_parameters_in_float32():
     assert norm.weight.grad.dtype == torch.float32
     exact = torch.nn.functional.silu(norm(x.detach().float()))
     assert (out.float() - exact).abs().max() < 0.05
-    scale, shift = torch.randn(2, 2, 16).bfloat16().unbind(0)
-    scaled = norm.scaled_silu(x, scale, shift)
-    exact = norm(x.detach().float()) * (1 + scale.float())[:, :, None, None] + shift.float()[:, :, None, None]
+    factor, shift = torch.randn(2, 2, 16).bfloat16().unbind(0)
+    scaled = norm.scaled_silu(x, factor, shift)
+    exact = norm(x.detach().float()) * factor.float()[:, :, None, None] + shift.float()[:, :, None, None]
     assert scaled.dtype == torch.bfloat16
     assert (scaled.float() - F.silu(exact)).abs().max() < 0.1

@@ -96,7 +96,7 @@ def test_iddpm_s_attention_and_blocks():
     assert attends == ([0, 3, 3, 0], [0, 4, 4, 0])
     assert {m.heads for m in network.modules() if hasattr(m, "heads")} == {4}
     assert {m.p for m in network.modules() if isinstance(m, torch.nn.Dropout)} == {0.3}
-    assert {m.scale_shift for m in network.modules() if hasattr(m, "scale_shift")} == {True}
+    assert {m.modulation for m in network.modules() if hasattr(m, "modulation")} == {"scale-shift"}
 
 
 def test_the_table_is_the_network():

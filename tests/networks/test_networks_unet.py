@@ -9,7 +9,12 @@ from osmose.networks.presets import network_for
 from osmose.networks.unet import UNetConfig
 
 SMALL = UNetConfig(channels=16, mult=(1, 2), blocks=1, attention=(8,))
-BLOCKS = {"residual": {}, "mbconv": {"block": "mbconv"}, "scale_shift": {"scale_shift": True}}
+BLOCKS = {
+    "residual": {},
+    "mbconv": {"block": "mbconv"},
+    "scale-shift": {"modulation": "scale-shift"},
+    "double-norm": {"modulation": "double-norm"},
+}
 every_block = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 
 
@@ -60,7 +65,7 @@ def test_published_variants_have_their_sizes(options, expected):
         (UNetConfig(channels=8, mult=(1, 2), attention=(4,), padding="asymmetric"), (1, 8, 8)),
         *((UNetConfig(channels=8, mult=(1, 2, 2), attention=(14,), **block), (1, 28, 28)) for block in BLOCKS.values()),
         (UNetConfig(channels=4, mult=(1, 2), attention=(), block="mbconv"), (3, 8, 8)),
-        (UNetConfig(channels=8, mult=(1, 2, 2, 2), attention=(16, 8), heads=4, scale_shift=True), (3, 32, 32)),
+        (UNetConfig(channels=8, mult=(1, 2, 2, 2), attention=(16, 8), heads=4, modulation="scale-shift"), (3, 32, 32)),
     ],
 )
 def test_shapes_and_the_zero_at_the_start(config, event_shape):
@@ -193,6 +198,60 @@ def test_several_outputs_lie_along_the_channels_and_start_at_zero(block, num_out
     assert torch.allclose(network(x, label)[:, :3], single(x, label), rtol=1e-4, atol=1e-5)
 
 
+@every_block
+@pytest.mark.parametrize("frequency", [0.5, 0.01])
+def test_a_low_time_frequency_is_a_slower_label(block, frequency):
+    config = SMALL.replace(**block)
+    slow = built(config.replace(time_frequency=frequency), (1, 16, 16), dtype=torch.float64)
+    network = built(config, (1, 16, 16), dtype=torch.float64)
+    x, label = torch.randn(3, 1, 16, 16).double(), torch.tensor([3.0, 40.0, 100.0]).requires_grad_()
+    out, want = slow(x, label), network(x, frequency * label)
+    assert torch.allclose(out, want, rtol=1e-4, atol=1e-4)  # angles are float32
+    assert (network(x, label) - want).abs().max() > 0.01
+    # The slope along the label is as much smaller as the label is slower.
+    w = torch.randn_like(x)
+    slope = torch.autograd.grad((out * w).sum(), label)[0]
+    scaled = (frequency * label).detach().requires_grad_()
+    assert torch.allclose(
+        slope, frequency * torch.autograd.grad((network(x, scaled) * w).sum(), scaled)[0], rtol=1e-2, atol=1e-4
+    )
+
+
+class Recorder(torch.nn.Module):
+    """Doubles what passes and keeps it."""
+
+    def forward(self, x):
+        self.seen = x
+        return 2 * x
+
+
+@every_block
+@pytest.mark.parametrize(
+    ("mult", "blocks", "attention"), [((1, 2), 1, (8,)), ((1, 2, 2), 2, (16, 4)), ((2,), 3, ()), ((1, 3), 1, (16, 8))]
+)
+def test_modules_after_the_blocks(block, mult, blocks, attention):
+    config = UNetConfig(channels=8, mult=mult, blocks=blocks, attention=attention, **block)
+    network = built(config, (1, 16, 16), dtype=torch.float64)
+    x, label = torch.randn(2, 1, 16, 16).double(), torch.tensor([1.0, 900.0])
+    plain = network(x, label)
+    recorders = [Recorder() for _ in network.widths]
+    # What should come there, from the parts' own outputs: the attention's where there is one, else the block's.
+    outputs = []
+    for level in [*network.down_blocks, network.mid_block, *network.up_blocks]:
+        places = level.attentions if len(level.attentions) else level.resnets
+        for part in places:
+            part.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    changed = network(x, label, after=recorders)
+    assert len(outputs) == len(recorders) == len(mult) * (2 * blocks + 1) + 1
+    for recorder, width, out in zip(recorders, network.widths, outputs, strict=True):
+        assert recorder.seen is out
+        assert recorder.seen.shape[1] == width
+    assert not torch.allclose(changed, plain)
+    assert torch.equal(network(x, label, after=[torch.nn.Identity()] * len(recorders)), plain)
+    with pytest.raises(UserError, match=rf"1 modules for {len(recorders)} blocks; give one for each"):
+        network(x, label, after=recorders[:1])
+
+
 def test_the_condition_counts_only_where_it_is_given():
     network = built(SMALL, (1, 16, 16), num_classes=2)
     x, label = torch.randn(2, 1, 16, 16), torch.tensor([1.0, 900.0])
@@ -275,8 +334,21 @@ def test_input_of_another_form_is_refused(x, label, message):
         ({"kind": "unet", "dropout": 1.0}, "dropout.*less than 1"),
         ({"kind": "unet", "padding": "same"}, "padding"),
         ({"kind": "unet", "block": "conv"}, "block: 'conv' is not valid: should be 'residual' or 'mbconv'"),
-        ({"kind": "unet", "block": "mbconv", "scale_shift": True}, "^scale_shift: true is for residual blocks; use bl"),
-        ({"kind": "mbconv64", "scale_shift": True}, "^scale_shift: true is for residual blocks; use block=residual"),
+        (
+            {"kind": "mbconv64", "modulation": "scale-shift"},
+            "^modulation: scale-shift is for residual blocks; use block",
+        ),
+        (
+            {"kind": "mbconv64", "modulation": "double-norm"},
+            "^modulation: double-norm is for residual blocks; use block",
+        ),
+        (
+            {"kind": "unet", "modulation": "film"},
+            "modulation: 'film' is not valid: should be 'add', 'scale-shift' or 'do",
+        ),
+        ({"kind": "unet", "time_frequency": 0}, "time_frequency.*greater than 0"),
+        ({"kind": "mlp", "modulation": "film"}, "modulation: 'film' is not valid"),
+        ({"kind": "mlp", "time_frequency": -1}, "time_frequency.*greater than 0"),
         ({"kind": "unet", "chanels": 8}, "did you mean 'channels'"),
         ({"kind": "une"}, "did you mean 'unet'"),
         ({"kind": "mlp", "width": 7}, "width.*multiple of 2"),

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from osmose.configuration import Config
+from osmose.errors import UserError
+
+#: How the embedding of time and class enters a block: added; as a scale and a shift of what the normalisation gives,
+#: norm(h) (1 + s) + b (arXiv 2102.09672); as norm(h) pnorm(s) + pnorm(b), adaptive double normalisation (2410.11081).
+Modulation = Literal["add", "scale-shift", "double-norm"]
+
+#: What the configurations say of the fields that they share.
+MODULATION = (
+    "how the time enters a block: added (DDPM's), scaling and shifting the normalised values (IDDPM's), or so with "
+    "scale and shift normalised over the channels (sCM's: slopes in time stay bounded)"
+)
+TIME_FREQUENCY = (
+    "highest angular frequency of the time embedding, per unit of the label's 0..1000; 1 is DDPM's. Models that are "
+    "differentiated in time, as consistency models are, need low ones: 0.002 to 0.02"
+)
 
 
 class NetworkConfig(Config, ABC):
@@ -41,14 +57,48 @@ class NetworkConfig(Config, ABC):
         return []
 
 
-def sinusoids(label: Tensor, width: int) -> Tensor:
-    """DDPM's embedding of the step: sin and cos of label * 10000^(-j / (width/2 - 1)), shape (B, width), sine first."""
+def sinusoids(label: Tensor, width: int, frequency: float = 1.0) -> Tensor:
+    """Sines and cosines of label * frequency * 10000^(-j / (width/2 - 1)), shape (B, width), sines first.
+
+    With a frequency of 1 this is DDPM's embedding of the step.
+    """
     half = width // 2
-    frequency = torch.exp(
+    frequencies = frequency * torch.exp(
         torch.arange(half, dtype=torch.float32, device=label.device) * (-math.log(10_000) / max(half - 1, 1))
     )
-    angle = label.float()[:, None] * frequency
+    angle = label.float()[:, None] * frequencies
     return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def pixel_norm(x: Tensor) -> Tensor:
+    """Scaled to a root mean square of 1 over the channels, axis 1: x / sqrt(mean of x^2 + 1e-8)."""
+    return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+
+
+def factor_and_shift(modulation: Modulation, projected: Tensor) -> tuple[Tensor, Tensor]:
+    """What normalised values are multiplied by and then shifted by, (B, C) each, from a projected embedding (B, 2 C).
+
+    `modulation` is not "add".
+    """
+    scale, shift = projected.chunk(2, 1)
+    return (1 + scale, shift) if modulation == "scale-shift" else (pixel_norm(scale), pixel_norm(shift))
+
+
+def followers(after: Sequence[nn.Module] | None, widths: tuple[int, ...]) -> Sequence[Callable[[Tensor], Tensor]]:
+    """What is applied after each block, of which `widths` has one entry each: the modules given, or nothing.
+
+    Raises:
+        UserError: modules are given, and not one for each block.
+    """
+    if after is None:
+        return [_same] * len(widths)
+    if len(after) != len(widths):
+        raise UserError(f"network: after: {len(after)} modules for {len(widths)} blocks; give one for each")
+    return after
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def near_zero_(module: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ Blocks are called as block(x, embedding): x (B, C, H, W) and the embedding of ti
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from osmose.errors import UserError
+from osmose.networks.base import factor_and_shift
+from osmose.networks.layers import Conv2d, Linear, affine
 
 if TYPE_CHECKING:
     from osmose.networks.unet import UNetConfig
@@ -36,11 +39,14 @@ class NormSiLU(torch.autograd.Function):
         x, weight, bias, ctx.groups, ctx.eps = inputs
         _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)  # the derivative of what does not vary is None: nothing is computed from it
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.save_for_forward(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 5
         x, weight, bias, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted: in operations that have one
             unit, slope, project = _linearised(x, weight, bias, ctx.groups, ctx.eps)
@@ -58,15 +64,29 @@ class NormSiLU(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, None]:
         x, weight, bias = ctx.saved_tensors
-        unit, slope, project = _linearised(x, weight, bias, ctx.groups, ctx.eps)
-        d_out = torch.zeros_like(x)
-        if tangents[0] is not None:
-            d_out = d_out + _along(weight, x) * project(tangents[0])
-        if tangents[1] is not None:
-            d_out = d_out + _along(tangents[1], x) * unit
-        if tangents[2] is not None:
-            d_out = d_out + _along(tangents[2], x)
-        return d_out * slope, None, None
+        dx, d_weight, d_bias = tangents[:3]
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            unit, slope, project = _linearised(x, weight, bias, ctx.groups, ctx.eps)
+            d_out = torch.zeros_like(x)
+            if dx is not None:
+                d_out = d_out + _along(weight, x) * project(dx)
+            if d_weight is not None:
+                d_out = d_out + _along(d_weight, x) * unit
+            if d_bias is not None:
+                d_out = d_out + _along(d_bias, x)
+            return d_out * slope, None, None
+        sizes = (x.shape[0], x.shape[1], x[0, 0].numel(), ctx.groups)
+        normed, mean, rstd = torch.native_group_norm(x, weight, bias, *sizes, ctx.eps)
+        if dx is None:
+            d_out = torch.zeros_like(x)
+        else:  # the derivative of the normalisation is symmetric: its backward pass is its forward derivative
+            dx = dx.contiguous(memory_format=_layout(x))
+            project = torch.ops.aten.native_group_norm_backward
+            d_out = project(dx, x, mean, rstd, None, *sizes, [True, False, False])[0].mul_(_along(weight, x))
+        if d_weight is not None or d_bias is not None:
+            d_weight = torch.zeros_like(weight) if d_weight is None else d_weight
+            d_out = d_out.add_(torch.native_group_norm(x, d_weight, d_bias, *sizes, ctx.eps)[0])
+        return torch.ops.aten.silu_backward(d_out, normed), None, None
 
 
 def _along(values: Tensor, x: Tensor) -> Tensor:
@@ -113,10 +133,10 @@ class Norm(nn.GroupNorm):
         out: Tensor = NormSiLU.apply(x, weight, bias, self.num_groups, self.eps)[0]
         return out
 
-    def scaled_silu(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """SiLU((1 + scale) normalised + shift), with a scale and a shift for each item and channel, (B, C)."""
-        weight = (self.weight * (1 + scale.to(self.weight.dtype))).to(x.dtype)
-        bias = (self.bias * (1 + scale.to(self.bias.dtype)) + shift).to(x.dtype)
+    def scaled_silu(self, x: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
+        """SiLU(factor normalised + shift), with a factor and a shift for each item and channel, (B, C)."""
+        weight = (self.weight * factor).to(x.dtype)
+        bias = (self.bias * factor + shift).to(x.dtype)
         # The items as further channels of one item: every channel has a weight and a bias of its own.
         items, channels = x.shape[:2]
         wide = x.reshape(1, items * channels, *x.shape[2:])
@@ -127,20 +147,20 @@ class Norm(nn.GroupNorm):
 class Residual(nn.Module):
     """DDPM's residual block: two 3x3 convolutions, the embedding between them.
 
-    The embedding is added before the second normalisation, or with `scale_shift` scales and shifts what comes out of
-    it: GN(h) (1 + scale) + shift (arXiv 2102.09672).
+    The embedding is added before the second normalisation, or with another `modulation` gives a factor and a shift for
+    what comes out of it: GN(h) (1 + s) + b (arXiv 2102.09672), or GN(h) pnorm(s) + pnorm(b) (2410.11081).
     """
 
     def __init__(self, config: UNetConfig, c_in: int, c_out: int):
         super().__init__()
-        self.scale_shift = config.scale_shift
+        self.modulation = config.modulation
         self.norm1 = Norm(config, c_in)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time_emb_proj = nn.Linear(4 * config.channels, 2 * c_out if config.scale_shift else c_out)
+        self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = Linear(4 * config.channels, c_out if self.modulation == "add" else 2 * c_out)
         self.norm2 = Norm(config, c_out)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     @property
     def last(self) -> nn.Module:
@@ -150,10 +170,11 @@ class Residual(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(self.norm1.silu(x))
         projected = self.time_emb_proj(embedding)
-        if self.scale_shift:
-            h = self.norm2.scaled_silu(h, *projected.chunk(2, 1))
-        else:
+        if self.modulation == "add":
             h = self.norm2.silu(h.add_(projected[:, :, None, None]))
+        else:  # in the parameters' precision, which under autocast is the finer one
+            projected = projected.to(self.norm2.weight.dtype)
+            h = self.norm2.scaled_silu(h, *factor_and_shift(self.modulation, projected))
         h = self.conv2(self.dropout(h))
         return h.add_(self.conv_shortcut(x))
 
@@ -170,16 +191,16 @@ class MBConv(nn.Module):
         super().__init__()
         hidden = 4 * c_in
         self.norm1 = Norm(config, c_in)
-        self.conv1 = nn.Conv2d(c_in, hidden, 1, bias=False)
-        self.time_emb_proj = nn.Linear(4 * config.channels, hidden)
+        self.conv1 = Conv2d(c_in, hidden, 1, bias=False)
+        self.time_emb_proj = Linear(4 * config.channels, hidden)
         self.norm2 = Norm(config, hidden)
-        self.conv2 = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False)
+        self.conv2 = Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False)
         self.norm3 = Norm(config, hidden)
-        self.squeeze = nn.Linear(hidden, c_in // 4, bias=False)
-        self.excite = nn.Linear(c_in // 4, hidden, bias=False)
+        self.squeeze = Linear(hidden, c_in // 4, bias=False)
+        self.excite = Linear(c_in // 4, hidden, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv3 = nn.Conv2d(hidden, c_out, 1, bias=False)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.conv3 = Conv2d(hidden, c_out, 1, bias=False)
+        self.conv_shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     @property
     def last(self) -> nn.Module:
@@ -207,8 +228,8 @@ class Attention(nn.Module):
             raise UserError(f"network.heads: {config.heads} does not divide the {channels} channels of a level")
         self.heads = config.heads
         self.group_norm = Norm(config, channels)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q, self.to_k, self.to_v = (Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     @property
     def last(self) -> nn.Module:
@@ -236,7 +257,7 @@ class Downsample(nn.Module):
     def __init__(self, config: UNetConfig, channels: int):
         super().__init__()
         self.asymmetric = config.padding == "asymmetric"
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if self.asymmetric else 1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=0 if self.asymmetric else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
@@ -248,7 +269,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         # An output pixel of even index sees two input rows with weights (w0, w1 + w2), one of odd index (w0 + w1, w2).
@@ -256,7 +277,7 @@ class Upsample(nn.Module):
         a, b, c = weight.unbind(2)
         a, b, c = torch.stack([c, b + c, a + b, a], 2).unbind(3)
         kernel = torch.stack([c, b + c, a + b, a], 3).transpose(0, 1)
-        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
+        return affine(partial(F.conv_transpose2d, stride=2, padding=1), x, kernel, self.conv.bias)
 
 
 class TimeEmbedding(nn.Module):
@@ -264,8 +285,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, channels: int, width: int):
         super().__init__()
-        self.linear_1 = nn.Linear(channels, width)
-        self.linear_2 = nn.Linear(width, width)
+        self.linear_1 = Linear(channels, width)
+        self.linear_2 = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.linear_2(F.silu(self.linear_1(x)))

@@ -18,7 +18,7 @@ PRESETS: dict[str, tuple[dict[str, Any], str]] = {
     "mbconv64": ({**_MBCONV, "channels": 64}, "ddpm-cifar10 with MBConv blocks, 64 channels: 12.0 million"),
     "mbconv96": ({**_MBCONV, "channels": 96}, "ddpm-cifar10 with MBConv blocks, 96 channels: 26.8 million"),
     "iddpm-cifar10": (
-        {**_DDPM, "blocks": 3, "attention": (16, 8), "heads": 4, "scale_shift": True, "dropout": 0.3},
+        {**_DDPM, "blocks": 3, "attention": (16, 8), "heads": 4, "modulation": "scale-shift", "dropout": 0.3},
         "IDDPM's model of CIFAR-10: 52.5 million parameters",
     ),
     "unet-28": (

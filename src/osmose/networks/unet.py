@@ -16,7 +16,7 @@ between the two without renaming. What differs is how the same function is compu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -26,8 +26,17 @@ from torch.nn import functional as F
 
 from osmose.configuration import ConfigError
 from osmose.errors import UserError
-from osmose.networks.base import NetworkConfig, near_zero_, sinusoids
+from osmose.networks.base import (
+    MODULATION,
+    TIME_FREQUENCY,
+    Modulation,
+    NetworkConfig,
+    followers,
+    near_zero_,
+    sinusoids,
+)
 from osmose.networks.blocks import Attention, Downsample, Level, MBConv, Norm, Residual, TimeEmbedding, Upsample
+from osmose.networks.layers import Conv2d
 
 
 class UNetConfig(NetworkConfig):
@@ -43,7 +52,8 @@ class UNetConfig(NetworkConfig):
     block: Literal["residual", "mbconv"] = Field(
         "residual", description="DDPM's, or MBConv with squeeze-and-excitation: fewer operations, each of them slower"
     )
-    scale_shift: bool = Field(False, description="the time scales and shifts in each residual block (IDDPM's)")
+    modulation: Modulation = Field("add", description=MODULATION)
+    time_frequency: float = Field(1.0, gt=0, description=TIME_FREQUENCY)
     attention: tuple[int, ...] = Field((16,), description="resolutions (larger side, in pixels) with self-attention")
     heads: int = Field(1, ge=1, description="attention heads")
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -63,8 +73,10 @@ class UNetConfig(NetworkConfig):
 
     @model_validator(mode="after")
     def _coherent(self) -> UNetConfig:
-        if self.scale_shift and self.block == "mbconv":
-            raise ConfigError("scale_shift", "true is for residual blocks; use block=residual, or scale_shift=false")
+        if self.modulation != "add" and self.block == "mbconv":
+            raise ConfigError(
+                "modulation", f"{self.modulation} is for residual blocks; use block=residual, or modulation=add"
+            )
         return self
 
     def build(self, event_shape: tuple[int, ...], *, num_classes: int | None = None, num_outputs: int = 1) -> nn.Module:
@@ -143,7 +155,7 @@ class UNet(nn.Module):
         self.event_shape = tuple(event_shape)
         self.time_embedding = TimeEmbedding(channels, 4 * channels)
         self.class_embedding = nn.Embedding(num_classes, 4 * channels) if num_classes else None
-        self.conv_in = nn.Conv2d(data_channels, channels, 3, padding=1)
+        self.conv_in = Conv2d(data_channels, channels, 3, padding=1)
 
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         skips, width = [channels], channels
@@ -169,7 +181,7 @@ class UNet(nn.Module):
             width = out
 
         self.conv_norm_out = Norm(config, width)
-        self.conv_out = nn.Conv2d(width, num_outputs * data_channels, 3, padding=1)
+        self.conv_out = Conv2d(width, num_outputs * data_channels, 3, padding=1)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -193,13 +205,25 @@ class UNet(nn.Module):
             assert isinstance(level, Level)
             yield level
 
-    def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The channels after each block in the order of the computation: down, the middle's attention, up."""
+        widths = [self.config.channels * m for m in self.config.mult]
+        down = [width for width in widths for _ in range(self.config.blocks)]
+        up = [width for width in reversed(widths) for _ in range(self.config.blocks + 1)]
+        return (*down, widths[-1], *up)
+
+    def forward(
+        self, x: Tensor, label: Tensor, condition: Tensor | None = None, after: Sequence[nn.Module] | None = None
+    ) -> Tensor:
         """From images to as many of them as the network has outputs, along the channels.
 
         Args:
             x: (B, C, H, W).
             label: (B,) on the scale 0..1000.
             condition: (B,) classes, or None.
+            after: modules, one for each of `widths`, that are applied to (B, widths[i], h, w): on the way down and up
+                after each block and its attention, in the middle after the attention.
 
         Returns:
             (B, num_outputs * C, H, W).
@@ -209,24 +233,25 @@ class UNet(nn.Module):
                 f"network: built for images {self.event_shape} with one label each; "
                 f"{tuple(x.shape)} with labels {tuple(label.shape)} given"
             )
-        embedding = self.time_embedding(sinusoids(label, self.channels).to(x.dtype))
+        embedding = self.time_embedding(sinusoids(label, self.channels, self.config.time_frequency).to(x.dtype))
         if self.class_embedding is not None and condition is not None:
             embedding = embedding + self.class_embedding(condition)
         embedding = F.silu(embedding)  # every block applies SiLU to the same embedding: once is enough
+        follow = iter(followers(after, self.widths))
         x = self.conv_in(x)
         skips = [x]
         for level in self._levels(self.down_blocks):
             for index in range(len(level.resnets)):
-                x = level.layer(index, x, embedding)
+                x = next(follow)(level.layer(index, x, embedding))
                 skips.append(x)
             for downsample in level.downsamplers:
                 x = downsample(x)
                 skips.append(x)
-        x = self.mid_block.layer(0, x, embedding)
+        x = next(follow)(self.mid_block.layer(0, x, embedding))
         x = self.mid_block.resnets[1](x, embedding)
         for level in self._levels(self.up_blocks):
             for index in range(len(level.resnets)):
-                x = level.layer(index, torch.cat([x, skips.pop()], 1), embedding)
+                x = next(follow)(level.layer(index, torch.cat([x, skips.pop()], 1), embedding))
             for upsample in level.upsamplers:
                 x = upsample(x)
         out: Tensor = self.conv_out(self.conv_norm_out.silu(x))

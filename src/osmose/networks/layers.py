@@ -1,0 +1,37 @@
+"""Linear layers whose forward derivative costs one more evaluation.
+
+torch differentiates a layer f(x, w) + b in x and in w. In forward mode that is f(dx, w) + f(x, dw), and where the
+weights do not vary it computes the second term all the same, from zeros: a derivative along x costs two evaluations
+more, where one is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+
+def affine(
+    f: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """f(x, weight, bias), which is linear in x but for the bias; x may be a dual number."""
+    value, slope = forward_ad.unpack_dual(x)
+    if slope is None or any(forward_ad.unpack_dual(p).tangent is not None for p in (weight, bias) if p is not None):
+        return f(x, weight, bias)
+    return forward_ad.make_dual(f(value, weight, bias), f(slope, weight, None))
+
+
+class Linear(nn.Linear):
+    """torch's, with a cheaper forward derivative."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return affine(nn.functional.linear, input, self.weight, self.bias)
+
+
+class Conv2d(nn.Conv2d):
+    """torch's, with a cheaper forward derivative."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return affine(self._conv_forward, input, self.weight, self.bias)
