@@ -145,18 +145,3 @@ def quiet_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"osmose: note: {message}", file=sys.stderr)
         yield
-
-
-@contextlib.contextmanager
-def sampling_bar(label: str, show: bool) -> Iterator[Any]:
-    """A progress bar for sampling; yields the callback that moves it, or None where nothing is to be shown."""
-    if not show or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn(label), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, of: bar.update(task, completed=done, total=of)

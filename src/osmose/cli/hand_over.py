@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, Suppress, arg
 
-from osmose.cli.command import Result, quiet_warnings, sampling_bar
+from osmose.cli.command import Result, quiet_warnings
 from osmose.cli.surrogate import opened, positive, real_data, time_of
 from osmose.errors import UserError
+from osmose.training.progress import sampling_bar
 
 
 @dataclass

@@ -9,8 +9,9 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from osmose.cli.command import Result, quiet_warnings, sampling_bar
+from osmose.cli.command import Result, quiet_warnings
 from osmose.errors import UserError
+from osmose.training.progress import sampling_bar
 
 
 @dataclass

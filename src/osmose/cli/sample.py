@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, Suppress, arg
 
-from osmose.cli.command import Result, quiet_warnings, sampling_bar, sampling_options
+from osmose.cli.command import Result, quiet_warnings, sampling_options
 from osmose.errors import UserError
+from osmose.training.progress import sampling_bar
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 #: A picture of more samples than this helps nobody and may not fit in memory.

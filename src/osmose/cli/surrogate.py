@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, Suppress, arg
 
-from osmose.cli.command import Result, quiet_warnings, sampling_bar, sampling_options
+from osmose.cli.command import Result, quiet_warnings, sampling_options
 from osmose.errors import UserError
+from osmose.training.progress import sampling_bar
 
 if TYPE_CHECKING:
     from osmose.acceleration.surrogate import Pair

@@ -1,9 +1,11 @@
-"""What a person sees while a model trains: a bar with rate and time left, a line at each validation."""
+"""What a person sees while a model trains or samples: a bar with rate and time left, a line at each validation."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +93,18 @@ def _tensorboard(folder: Path, step: int) -> Any:
 
     # What a killed run had written of this step and later ones is hidden, as metrics.jsonl forgets it.
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+
+
+@contextlib.contextmanager
+def sampling_bar(label: str, show: bool) -> Iterator[Any]:
+    """A progress bar for sampling; yields the callback that moves it, or None where nothing is to be shown."""
+    if not show or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn(label), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, of: bar.update(task, completed=done, total=of)
