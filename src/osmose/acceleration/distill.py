@@ -19,12 +19,14 @@ from typing import Any
 
 from torch import Tensor
 
+from osmose.acceleration import teaching
 from osmose.acceleration.losses import write_losses
 from osmose.acceleration.plan import Plan, plan
 from osmose.configuration import ConfigError
 from osmose.data.dataset import Dataset
 from osmose.errors import UserError
 from osmose.gaussian.denoiser import NetworkDenoiser
+from osmose.methods import CONTINUED, TAUGHT
 from osmose.methods.base import GenerativeModel
 from osmose.methods.chain import ChainModel
 from osmose.methods.students import Students
@@ -50,15 +52,16 @@ def distill(
     """Distil a run into one that samples in a few steps.
 
     Args:
-        run: the teacher: a run of ddpm, iddpm or edm, or a distilled one.
+        run: the teacher: a run of ddpm, iddpm or edm; for "tract" and "btd" a distilled one as well.
         out: the folder to make, or with `resume` the one to go on with.
-        method: "tract" or "btd".
+        method: "tract", "btd", "scd" or "dsno"; with "sct" or "ect" the run gives its weights alone.
         root: where the data lie, if not where the run found them.
         resume: go on with an interrupted distillation, by its own settings.
         progress: show progress bars.
-        **options: `schedule`, `steps`, `lr`, `ema_residual`, `warm_start`, `parametrization`, `seed` (`plan.Options`);
-            anything else is a change of training or of the method, by nested dictionaries or dotted names
-            (`training={"batch_size": 32}`, `weight="v"`, `ema_self=0.9`).
+        **options: of "tract" and "btd" `schedule`, `steps`, `lr`, `ema_residual`, `warm_start`, `parametrization`,
+            `seed` (`plan.Options`), of the others `steps`, `lr`, `seed`, and of "dsno" `trajectories`, the folder of
+            those to learn from; anything else is a change of training or of the method, by nested dictionaries or
+            dotted names (`training={"batch_size": 32}`, `weight="v"`, `warmup=200`).
 
     Raises:
         UserError: anything in the input that is refused; nothing has been written then.
@@ -73,13 +76,15 @@ def distill(
 
 def prepared(
     run: Run | Path | str, out: Path | str, method: str, said: Mapping[str, Any], root: Path | None, resume: bool
-) -> tuple[Distillation, Dataset]:
+) -> tuple[Distillation | teaching.Teaching, Dataset]:
     """A distillation that is begun, or with `resume` found in its folder, and its data; as `distill`.
 
     Raises:
         UserError: anything in the input that is refused; nothing has been written then.
     """
     teacher = run if isinstance(run, Run) else Run.open(run)
+    if method in (*TAUGHT, *CONTINUED):
+        return teaching.prepared(teacher, out, method, said, root, resume)
     if resume:
         for name in said:
             raise UserError(f"{name}: given, but {out} is continued by its own settings; resume without it")

@@ -16,7 +16,7 @@ from osmose.errors import UserError, nearest
 from osmose.gaussian.draws import mix
 from osmose.gaussian.grid import Spacing
 from osmose.gaussian.jumps import Partition
-from osmose.methods import DISTILLED, METHODS
+from osmose.methods import DISTILLED, METHODS, STEPWISE
 from osmose.methods.diffusion import DiffusionConfig
 from osmose.methods.students import DistilledConfig, Groups, StudentConfig, num_groups
 from osmose.methods.time_distillation import TimeDistillationConfig
@@ -144,7 +144,7 @@ def plan(teacher: RunConfig, parent: Parent, method: str, said: Mapping[str, Any
     Raises:
         UserError: anything that is refused; the message names the field and the numbers.
     """
-    if method not in DISTILLED:
+    if method not in STEPWISE:
         raise UserError(f"method: {method!r} is not valid: should be one of {', '.join(DISTILLED)}")
     options = Options.parse({name: value for name, value in said.items() if name in Options.model_fields})
     training = {n.removeprefix("training."): value for n, value in said.items() if n.startswith("training.")}

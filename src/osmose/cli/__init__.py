@@ -16,11 +16,21 @@ COMMANDS = {
         "osmose.cli.hand_over:HandOver",
         "score against speed for every time at which a surrogate enters a diffusion",
     ),
+    "analyze tangents": (
+        "osmose.cli.tangents:Tangents",
+        "how far a run is from a consistency model, angle by angle",
+    ),
     "distill tract": (
         "osmose.cli.distill:Tract",
         "teach a run to sample in a few steps, in few phases of any length",
     ),
     "distill btd": ("osmose.cli.distill:BTD", "teach a run to sample in a few steps, halving them phase by phase"),
+    "trajectories": (
+        "osmose.cli.trajectories:Trajectories",
+        "store the paths of a run from noise to data, to learn from",
+    ),
+    "distill scd": ("osmose.cli.distill:SCD", "teach a run to sample in 1 or 2 steps: a consistency model of its flow"),
+    "distill dsno": ("osmose.cli.distill:DSNO", "teach a run to give whole trajectories in one call"),
     "surrogate": ("osmose.cli.surrogate:Surrogate", "let a diffusion finish the rough samples of something cheap"),
     "study": ("osmose.cli.study:Study", "run a table or figure of a paper again, and check its claims"),
     "info": ("osmose.cli.info:Info", "describe a run, a network or a data set"),

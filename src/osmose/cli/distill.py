@@ -1,4 +1,4 @@
-"""`osmose distill tract` and `osmose distill btd`."""
+"""`osmose distill METHOD`: tract, btd, scd, dsno."""
 
 from __future__ import annotations
 
@@ -14,40 +14,19 @@ from osmose.errors import UserError
 
 if TYPE_CHECKING:
     from osmose.acceleration.distill import Distillation
-    from osmose.data.dataset import Dataset
+    from osmose.acceleration.teaching import Teaching
 
 #: Arguments that say where and how to run; all others say what is distilled, which a resumed distillation knows.
-_RUNNING = {"model", "out", "resume", "data_root", "threads", "quiet", "json", "overrides"}
+_RUNNING = {"model", "out", "trajectories", "resume", "data_root", "threads", "quiet", "json", "overrides"}
 
 
 @dataclass
 class _Distill:
     method: ClassVar[str]
 
-    model: Annotated[Positional[Path], arg(metavar="RUN", help="the teacher: a run of ddpm, iddpm, edm, or distilled")]
+    model: Annotated[Positional[Path], arg(metavar="RUN", help="the teacher: a run of ddpm, iddpm or edm")]
     out: Annotated[Path | None, arg(metavar="RUN2", help="the run folder to make; required")] = None
-    schedule: Annotated[
-        str | None,
-        arg(
-            metavar="N,N,...",
-            help="numbers of steps, the teacher's first, as 1024,32,1; unequal groups by the last step of each: "
-            "1024,16:64:256:1024,1",
-        ),
-    ] = None
-    steps: Annotated[
-        str | None, arg(metavar="N[,N,...]", help="optimisation steps in all, shared by the phases; or of each phase")
-    ] = None
     batch_size: Annotated[int | None, arg(help="items per step")] = None
-    lr: Annotated[str | None, arg(metavar="X[,X,...]", help="learning rate after warm-up, of all phases or each")] = (
-        None
-    )
-    solver: Annotated[str | None, arg(help="of the teacher's steps: ddim or heun; ddim if not given")] = None
-    loss_weight: Annotated[str | None, arg(help="truncated-snr, v or constant")] = None
-    snr_cap: Annotated[float | None, arg(help="largest SNR in the weight; none if not given")] = None
-    ema_residual: Annotated[
-        float | None,
-        arg(help="weight of a phase's first state in its averaged weights, relative to the last; 0: no average"),
-    ] = None
     parametrization: Annotated[
         str | None, arg(help="what students predict: x0, v, edm or eps; as the teacher if not given")
     ] = None
@@ -69,30 +48,34 @@ class _Distill:
         import torch
 
         from osmose.acceleration.distill import prepared
+        from osmose.training.trainer import DivergedError
 
         if self.threads:
             torch.set_num_threads(self.threads)
         if self.resume:
             self._require_nothing_said(self.out)
-        distillation, dataset = prepared(
-            self.model, self.out, self.method, {} if self.resume else self._options(), self.data_root, self.resume
-        )
-        return self._carry_out(distillation, dataset)
+        said = self._where() | ({} if self.resume else self._options())
+        distillation, dataset = prepared(self.model, self.out, self.method, said, self.data_root, self.resume)
+        again = f"osmose distill {self.method} {self.model} --out {self.out} --resume"
+        before = distillation.finished
+        try:
+            with quiet_warnings():
+                finished = distillation.carry_out(dataset, progress=not (self.quiet or self.json))
+        except DivergedError as error:
+            print(f"osmose: {error}", file=sys.stderr)
+            return Result({"run": str(self.out), "error": str(error)}, status=1)
+        if not finished:
+            values = {"run": str(self.out), "finished": False}
+            return Result(values, ["stopped; everything is saved"], again, status=130)
+        return self._made(distillation, before)
 
     def _options(self) -> dict[str, Any]:
         """What `plan` is told."""
         said = {
-            "schedule": None if self.schedule is None else _schedule(self.schedule),
-            "steps": None if self.steps is None else _numbers("steps", self.steps, int),
-            "lr": None if self.lr is None else _numbers("lr", self.lr, float),
-            "ema_residual": self.ema_residual,
             "parametrization": self.parametrization,
             "seed": self.seed,
             "warm_start": False if self.cold_start else None,
             "training.batch_size": self.batch_size,
-            "solver": self.solver,
-            "weight": self.loss_weight,
-            "snr_cap": self.snr_cap,
             **self._own(),
         }
         flags = {name: value for name, value in said.items() if value is not None}
@@ -102,8 +85,16 @@ class _Distill:
         return flags | self.overrides
 
     def _own(self) -> dict[str, Any]:
-        """What one method has and the other has not."""
+        """What not all methods have."""
         return {}
+
+    def _where(self) -> dict[str, Any]:
+        """What is said again where a distillation is continued."""
+        return {}
+
+    def _made(self, distillation: Any, before: bool) -> Result:
+        """The result, of a distillation that was finished before or is now."""
+        raise NotImplementedError
 
     def _require_nothing_said(self, out: Path) -> None:
         given = [f.name for f in fields(self) if f.name not in _RUNNING and getattr(self, f.name) != f.default]
@@ -111,21 +102,45 @@ class _Distill:
             flag = f"--{name.replace('_', '-')}" if name in given else name
             raise UserError(f"{flag}: given, but {out} is continued by its own settings; resume without it")
 
-    def _carry_out(self, distillation: Distillation, dataset: Dataset) -> Result:
-        from osmose.training.trainer import DivergedError
 
-        again = f"osmose distill {self.method} {self.model} --out {self.out} --resume"
+@dataclass
+class _Phases(_Distill):
+    schedule: Annotated[
+        str | None,
+        arg(
+            metavar="N,N,...",
+            help="numbers of steps, the teacher's first, as 1024,32,1; unequal groups by the last step of each: "
+            "1024,16:64:256:1024,1",
+        ),
+    ] = None
+    steps: Annotated[
+        str | None, arg(metavar="N[,N,...]", help="optimisation steps in all, shared by the phases; or of each phase")
+    ] = None
+    lr: Annotated[str | None, arg(metavar="X[,X,...]", help="learning rate after warm-up, of all phases or each")] = (
+        None
+    )
+    solver: Annotated[str | None, arg(help="of the teacher's steps: ddim or heun; ddim if not given")] = None
+    loss_weight: Annotated[str | None, arg(help="truncated-snr, v or constant")] = None
+    snr_cap: Annotated[float | None, arg(help="largest SNR in the weight; none if not given")] = None
+    ema_residual: Annotated[
+        float | None,
+        arg(help="weight of a phase's first state in its averaged weights, relative to the last; 0: no average"),
+    ] = None
+
+    def _own(self) -> dict[str, Any]:
+        return {
+            "schedule": None if self.schedule is None else _schedule(self.schedule),
+            "steps": None if self.steps is None else _numbers("steps", self.steps, int),
+            "lr": None if self.lr is None else _numbers("lr", self.lr, float),
+            "ema_residual": self.ema_residual,
+            "solver": self.solver,
+            "weight": self.loss_weight,
+            "snr_cap": self.snr_cap,
+        }
+
+    def _made(self, distillation: Distillation, before: bool) -> Result:
         counts = distillation.plan.counts()
         values = {"run": str(self.out), "schedule": counts}
-        before = distillation.finished
-        try:
-            with quiet_warnings():
-                finished = distillation.carry_out(dataset, progress=not (self.quiet or self.json))
-        except DivergedError as error:
-            print(f"osmose: {error}", file=sys.stderr)
-            return Result(values | {"error": str(error)}, status=1)
-        if not finished:
-            return Result(values | {"finished": False}, ["stopped; everything is saved"], again, status=130)
         grids = ", ".join(map(str, sorted(counts[1:])))
         log = distillation.made.metrics()
         seconds = sum(line.get("seconds", 0.0) for line in log)
@@ -146,7 +161,7 @@ class _Distill:
 
 
 @dataclass
-class Tract(_Distill):
+class Tract(_Phases):
     """Distil a run into students that sample in a few steps: transitive closure time-distillation.
 
     In each phase the student learns to jump from every level of a group of steps to the group's bottom: the teacher
@@ -161,11 +176,11 @@ class Tract(_Distill):
     ] = None
 
     def _own(self) -> dict[str, Any]:
-        return {"ema_self": self.ema_self}
+        return {**super()._own(), "ema_self": self.ema_self}
 
 
 @dataclass
-class BTD(_Distill):
+class BTD(_Phases):
     """Distil a run into students that sample in a few steps: binary time distillation (progressive distillation).
 
     In each phase the student learns to do two steps of its teacher in one. The result is a run that samples with every
@@ -173,6 +188,69 @@ class BTD(_Distill):
     """
 
     method: ClassVar[str] = "btd"
+
+
+@dataclass
+class _Single(_Distill):
+    steps: Annotated[int | None, arg(help="optimisation steps")] = None
+    lr: Annotated[float | None, arg(help="learning rate after warm-up")] = None
+
+    def _own(self) -> dict[str, Any]:
+        return {"steps": self.steps, "lr": self.lr}
+
+    def _made(self, distillation: Teaching, before: bool) -> Result:
+        run = distillation.made
+        seconds = sum(line.get("seconds", 0.0) for line in run.metrics())
+        first = distillation.data_seconds()
+        values = {"run": str(self.out), "finished": True, "seconds": round(seconds, 2), "data_seconds": round(first, 2)}
+        made = f", after {first:.0f} s for its trajectories" if first else ""
+        line = f"wrote {self.out}: {run.config.training.steps} steps in {seconds:.0f} s{made}"
+        if before:
+            line = f"{self.out} is finished already"
+        several = "1,2,4" if self.method == "scd" and run.config.method.to_json()["segments"] == 1 else None
+        steps = f" --steps {several}" if several else ""
+        return Result(values, [line], f"osmose evaluate {self.out}{steps} --against {self.model}")
+
+
+@dataclass
+class SCD(_Single):
+    """Distil a run into a consistency model: one evaluation from noise to data, and better ones with 2 or more.
+
+    The model learns that all points of a trajectory of the teacher lead to the same end, by the derivative along it
+    (sCD). `osmose train sct --init RUN` learns the same from the data alone. The method is set further by name:
+    warmup=200 tangent=clip norm=rms adaptive_weight=false jvp=finite-diff times.mean=-0.8.
+    """
+
+    method: ClassVar[str] = "scd"
+    segments: Annotated[
+        int | None, arg(help="parts of the noise range with their own ends: as many steps, without fresh noise")
+    ] = None
+
+    def _own(self) -> dict[str, Any]:
+        return {**super()._own(), "segments": self.segments}
+
+
+@dataclass
+class DSNO(_Single):
+    """Distil a run into a neural operator: one call from noise to a whole trajectory, whose end is the sample.
+
+    It is regressed onto stored trajectories of the teacher: those of `osmose trajectories`, or, where none are named,
+    as many as --num, which are made first and kept in RUN2/trajectories. The method is set further by name:
+    num_times=8 weight_cap=10 loss=l2 trajectories.num_steps=128.
+    """
+
+    method: ClassVar[str] = "dsno"
+    trajectories: Annotated[
+        Path | None, arg(metavar="T", help="folder of osmose trajectories RUN --out T; made if not given")
+    ] = None
+    num: Annotated[int | None, arg(help="trajectories to make; 4000 if not given")] = None
+    modes: Annotated[int | None, arg(help="modes of the temporal layers; 2 if not given, 0 for no such layers")] = None
+
+    def _own(self) -> dict[str, Any]:
+        return {**super()._own(), "trajectories.num": self.num, "modes": self.modes}
+
+    def _where(self) -> dict[str, Any]:
+        return {} if self.trajectories is None else {"trajectories": self.trajectories}
 
 
 def _schedule(text: str) -> list[int | list[int]]:

@@ -14,7 +14,7 @@ from osmose.cli.command import Result, quiet_warnings
 from osmose.configuration import ConfigError, override, value_at
 from osmose.data import SOURCES
 from osmose.errors import UserError
-from osmose.methods import COMPOSED, DISTILLED, METHODS
+from osmose.methods import COMPOSED, CONTINUED, DISTILLED, METHODS
 from osmose.networks import NETWORKS
 
 _TRAINED = ", ".join(kind for kind in METHODS.entries if kind not in (*COMPOSED, *DISTILLED))
@@ -63,6 +63,10 @@ class Train:
     channels: Annotated[int | None, arg(help="1 for grey, 3 for colour (folder: and hub:)")] = None
     downsample: Annotated[int | None, arg(help="average blocks of so many pixels a side; a power of two")] = None
     skip_bad: Annotated[bool, arg(help="leave out images that cannot be read")] = False
+    init: Annotated[
+        Path | None,
+        arg(metavar="RUN0", help="a trained diffusion to begin with (sct, ect), and its data"),
+    ] = None
     out: Annotated[Path | None, arg(metavar="RUN", help="the run folder to make; required")] = None
     resume: Annotated[bool, arg(help="continue the run in --out with its own settings")] = False
     steps: Annotated[int | None, arg(help="optimisation steps")] = None
@@ -99,6 +103,8 @@ class Train:
             raise UserError(f"METHOD: required: one of {_TRAINED}")
         METHODS.resolve(self.method)
         changes = self._changes()
+        if self.init is not None:
+            return self._continue(self.init, out, changes)
         if "data.source" not in changes:
             raise UserError(f"--data: required: one of {', '.join(SOURCES.entries)}")
         from osmose.data.dataset import DataConfig
@@ -119,10 +125,31 @@ class Train:
             raise UserError(str(error).removeprefix("method.")) from None
         return self._train(Run.create(out, config), dataset)
 
+    def _continue(self, init: Path, out: Path, changes: dict[str, Any]) -> Result:
+        """Begin with the weights of a run, on its data."""
+        from osmose.acceleration.teaching import prepared
+        from osmose.training.run import Run
+
+        assert self.method is not None
+        if self.method not in CONTINUED:
+            raise UserError(f"--init: {self.method} does not begin with another run; {' and '.join(CONTINUED)} do")
+        for name in changes:
+            if name.startswith("data.") and name != "data.root":
+                raise UserError(f"{name.removeprefix('data.')}: given, but the data are those of --init {init}")
+        root = changes.pop("data.root", None)
+        with quiet_warnings():
+            teaching, dataset = prepared(Run.open(init), out, self.method, changes, root)
+            teaching.trainer(dataset, progress=False)  # from here on it is a run like any other
+        return self._train(teaching.run, dataset)
+
     def _resume(self, out: Path) -> Result:
         from osmose.training.run import Run
 
         run = Run.open(out)
+        if run.config.parent is not None and not any((out / "checkpoints").glob("step_*")):
+            raise UserError(
+                f"{out}: stopped before it had the weights of {run.config.parent.folder!r}; delete it and start again"
+            )
         kind = run.config.method.kind
         if self.method not in (None, kind):
             raise UserError(f"METHOD: {self.method!r} given, but {out} was started with {kind!r}; resume without it")

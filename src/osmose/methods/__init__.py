@@ -39,13 +39,32 @@ METHODS = Registry(
             "osmose.methods.time_distillation:BTDConfig",
             "a student that does two steps of its teacher in one (Salimans and Ho 2022)",
         ),
+        "scd": (
+            "osmose.methods.consistency:SCDConfig",
+            "a consistency model of a teacher's flow, in continuous time (Lu and Song 2024)",
+        ),
+        "sct": (
+            "osmose.methods.consistency:SCTConfig",
+            "a consistency model of the data, in continuous time (Lu and Song 2024)",
+        ),
+        "ect": (
+            "osmose.methods.consistency:ECTConfig",
+            "a consistency model by stages of ever nearer times (Geng et al. 2024)",
+        ),
+        "dsno": (
+            "osmose.methods.operator:DSNOConfig",
+            "the whole trajectory of a teacher in one call (Zheng et al. 2022)",
+        ),
         "distilled": ("osmose.methods.students:DistilledConfig", "the students of all phases of a distillation"),
     },
 )
 #: Methods that are put together from other runs instead of being trained.
 COMPOSED = ("surrogate", "distilled")
-#: Methods that are trained on another run: `osmose distill`.
-DISTILLED = ("tract", "btd")
+#: Methods that are trained on another run: `osmose distill`. The first cut a grid of steps, the others do not.
+STEPWISE, TAUGHT = ("tract", "btd"), ("scd", "dsno")
+DISTILLED = (*STEPWISE, *TAUGHT)
+#: Methods that may begin with the weights of another run: `osmose train METHOD --init RUN`.
+CONTINUED = ("sct", "ect")
 TIME_SAMPLERS = Registry(
     "time sampler",
     {

@@ -124,6 +124,15 @@ class MethodConfig(Config, ABC):
         """
         return {}
 
+    @classmethod
+    def length_recipe(cls, steps: int) -> dict[str, Any]:  # noqa: ARG003
+        """Fields of the method that should follow the length of training; none by default.
+
+        Args:
+            steps: optimisation steps.
+        """
+        return {}
+
     @abstractmethod
     def build(self, spec: DataSpec) -> GenerativeModel:
         """The model, with fresh weights from torch's global generator.

@@ -1,22 +1,47 @@
-"""Models that sample by a chain from noise to data, which can be entered and left in the middle."""
+"""Models on a Gaussian process: what they are made of, and the chain from noise to data that some sample by."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import Annotated
+from abc import ABC, abstractmethod
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import Tensor
 
-from osmose.gaussian import SOLVERS
+from osmose.data.dataset import DataSpec
+from osmose.gaussian import NOISES, PARAMETRIZATIONS, SCHEDULES, SOLVERS
 from osmose.gaussian.denoiser import NetworkDenoiser
 from osmose.gaussian.draws import Draws
 from osmose.gaussian.grid import Spacing
+from osmose.gaussian.noise import Noise, WhiteNoise
+from osmose.gaussian.parametrization import Parametrization
 from osmose.gaussian.schedule import Level, Schedule
 from osmose.gaussian.solvers import DDIM, Solver
-from osmose.methods.base import GenerativeModel, OnStep, SamplingConfig
+from osmose.methods.base import GenerativeModel, MethodConfig, NetworkChoice, OnStep, SamplingConfig
+from osmose.networks.presets import network_for
 
 SolverChoice = Annotated[SerializeAsAny[Solver], BeforeValidator(SOLVERS.parse)]
+ScheduleChoice = Annotated[SerializeAsAny[Schedule], BeforeValidator(SCHEDULES.parse)]
+ParametrizationChoice = Annotated[SerializeAsAny[Parametrization], BeforeValidator(PARAMETRIZATIONS.parse)]
+NoiseChoice = Annotated[SerializeAsAny[Noise], BeforeValidator(NOISES.parse)]
+
+
+class ProcessConfig(MethodConfig, ABC):
+    """The parts of every model on a process x_t = alpha x0 + sigma eps: a network, and what it is read through."""
+
+    network: NetworkChoice
+    schedule: ScheduleChoice
+    parametrization: ParametrizationChoice
+    noise: NoiseChoice = WhiteNoise()
+
+    @classmethod
+    def recipe(cls, spec: DataSpec, data_std: float) -> dict[str, Any]:  # noqa: ARG003
+        return {"network": network_for(spec.shape)}
+
+    def denoiser(self, spec: DataSpec, **outputs: int) -> NetworkDenoiser:
+        """The network with fresh weights, read as E[x0 | x_t]; with `num_outputs=2`, and a learned variance."""
+        network = self.network.build(spec.shape, num_classes=spec.num_classes if self.conditional else None, **outputs)
+        return NetworkDenoiser(network, self.schedule, self.parametrization, bool(outputs))
 
 
 class GaussianSampling(SamplingConfig):

@@ -22,35 +22,20 @@ from torch import Tensor, nn
 
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
-from osmose.gaussian import NOISES, PARAMETRIZATIONS, SCHEDULES
 from osmose.gaussian.chain import LevelDecoder, ReverseChain, Variance
-from osmose.gaussian.denoiser import Conditioned, NetworkDenoiser
+from osmose.gaussian.denoiser import Conditioned
 from osmose.gaussian.draws import Draws
 from osmose.gaussian.grid import TimeGrid
-from osmose.gaussian.noise import Noise, WhiteNoise
-from osmose.gaussian.parametrization import EDMParametrization, EpsParametrization, Parametrization, column, noised
-from osmose.gaussian.schedule import CosineSchedule, Level, LinearSchedule, Schedule, VarianceExploding
+from osmose.gaussian.parametrization import EDMParametrization, EpsParametrization, column, noised
+from osmose.gaussian.schedule import CosineSchedule, Level, LinearSchedule, VarianceExploding
 from osmose.gaussian.solvers import Ancestral, Heun
-from osmose.methods import OBJECTIVES, TIME_SAMPLERS
-from osmose.methods.base import (
-    Batch,
-    BoundTerms,
-    LossTerms,
-    MethodConfig,
-    NetworkChoice,
-    OnStep,
-    SamplingConfig,
-)
-from osmose.methods.chain import ChainModel, GaussianSampling
+from osmose.methods import OBJECTIVES
+from osmose.methods.base import Batch, BoundTerms, LossTerms, OnStep, SamplingConfig
+from osmose.methods.chain import ChainModel, GaussianSampling, ParametrizationChoice, ProcessConfig, ScheduleChoice
 from osmose.methods.objectives import HybridObjective, Objective, Problem, SimpleObjective
-from osmose.methods.times import LogNormalTimes, TimeSamplerConfig, UniformTimes
-from osmose.networks.presets import network_for
+from osmose.methods.times import LogNormalTimes, TimesChoice, UniformTimes
 
-ScheduleChoice = Annotated[SerializeAsAny[Schedule], BeforeValidator(SCHEDULES.parse)]
-ParametrizationChoice = Annotated[SerializeAsAny[Parametrization], BeforeValidator(PARAMETRIZATIONS.parse)]
-NoiseChoice = Annotated[SerializeAsAny[Noise], BeforeValidator(NOISES.parse)]
 ObjectiveChoice = Annotated[SerializeAsAny[Objective], BeforeValidator(OBJECTIVES.parse)]
-TimesChoice = Annotated[SerializeAsAny[TimeSamplerConfig], BeforeValidator(TIME_SAMPLERS.parse)]
 
 #: Steps of the bound on a schedule that has none of its own.
 _BOUND_STEPS = 1000
@@ -58,23 +43,15 @@ _BOUND_STEPS = 1000
 _SAME_TIME = 1e-9
 
 
-class DiffusionConfig(MethodConfig):
+class DiffusionConfig(ProcessConfig):
     """The parts of a Gaussian diffusion model."""
 
-    network: NetworkChoice
-    schedule: ScheduleChoice
-    parametrization: ParametrizationChoice
-    noise: NoiseChoice = WhiteNoise()
     objective: ObjectiveChoice = SimpleObjective()
     times: TimesChoice
     variance: Variance = Field(
         "fixed_small", description="of the reverse chain in the bound; learned_range is a second output of the network"
     )
     sampling: GaussianSampling = GaussianSampling()
-
-    @classmethod
-    def recipe(cls, spec: DataSpec, data_std: float) -> dict[str, Any]:  # noqa: ARG003
-        return {"network": network_for(spec.shape)}
 
     def build(self, spec: DataSpec) -> Diffusion:
         return Diffusion(self, spec)
@@ -130,10 +107,7 @@ class Diffusion(ChainModel):
         except UserError as error:  # before training, not after
             raise UserError(f"sampling.{error}") from None
         learned = config.variance == "learned_range"
-        outputs = {"num_outputs": 2} if learned else {}
-        classes = spec.num_classes if config.conditional else None
-        network = config.network.build(spec.shape, num_classes=classes, **outputs)
-        self.denoiser = NetworkDenoiser(network, config.schedule, config.parametrization, learned)
+        self.denoiser = config.denoiser(spec, **({"num_outputs": 2} if learned else {}))
         if learned:  # before training, not after
             with torch.no_grad():
                 self.denoiser.outputs(torch.zeros(1, *spec.shape), TimeGrid.of(config.schedule, 1).levels[0])

@@ -19,17 +19,18 @@ sum_t p_t L_t, which follows the losses as they change and stresses the steps wh
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed
-from pydantic import Field
+from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import Tensor, nn
 
 from osmose.configuration import Config
 from osmose.errors import UserError
 from osmose.gaussian.draws import Draws
 from osmose.gaussian.schedule import Schedule
+from osmose.methods import TIME_SAMPLERS
 
 
 class TimeSamplerConfig(Config, ABC):
@@ -90,6 +91,10 @@ class TimeSampler(nn.Module):
 
     def _uniform(self, draws: Draws) -> Tensor:
         return draws.stratified() if self.config.stratified else draws.uniform()
+
+
+#: A field that holds any registered law of training times.
+TimesChoice = Annotated[SerializeAsAny[TimeSamplerConfig], BeforeValidator(TIME_SAMPLERS.parse)]
 
 
 class UniformTimes(TimeSamplerConfig):

@@ -31,6 +31,18 @@ STUDIES = Registry(
         ),
         "tract-phases": ("osmose.studies.tract_phases:TractPhases", "in how many phases a distillation is best cut"),
         "tract-ema": ("osmose.studies.tract_ema:TractEMA", "how long the two averages of a TRACT student should be"),
+        "few-step": (
+            "osmose.studies.few_step:FewStep",
+            "one, two or four steps by every way there is: consistency models, distillation, a neural operator",
+        ),
+        "scm-ablation": (
+            "osmose.studies.scm_ablation:SCMAblation",
+            "which of the things that stabilise a consistency model matter",
+        ),
+        "dsno-ablation": (
+            "osmose.studies.dsno_ablation:DSNOAblation",
+            "a whole trajectory in one call: with layers along time and without, at 1 to 8 times",
+        ),
         "vlb": ("osmose.studies.vlb:VLB", "the likelihood bound as the loss: gradient noise, bits, samples"),
     },
 )

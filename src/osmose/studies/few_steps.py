@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from osmose.acceleration.trajectories import Trajectories
 from osmose.methods.students import num_groups
 from osmose.metrics.evaluate import score_samples
 from osmose.metrics.pairing import paired_rmse
@@ -18,7 +19,7 @@ DATA = {"checkerboard": "toy:checkerboard", "digits": "digits", "fashion-mnist":
 METRIC = {"checkerboard": "energy", "digits": "fd_clf", "fashion-mnist": "fd_clf"}
 #: How many samples are scored, and how many compared with the teacher's, which takes its full steps for each.
 _SAMPLES = {"checkerboard": (2000, 2000), "digits": (800, 800), "fashion-mnist": (640, 100)}
-_SCALE = {"energy": 1000.0, "fd_clf": 1.0}
+_SCALE = {"energy": 1000.0}
 #: Where a teacher's run keeps its samples in full.
 _FULL = "full.safetensors"
 
@@ -26,20 +27,23 @@ _FULL = "full.safetensors"
 class FewSteps(Study):
     """A study of students: `teacher` cells are trained, `student` cells distil them, and all are measured alike.
 
-    Rows have the label `steps`; `score` is that of `METRIC`, `rmse` the root mean square distance, in the model's
-    units, to the samples of the teacher in full from the same noise.
+    Rows have the labels `steps` and, of a teacher that is run with several, `solver`; `score` is that of `METRIC`,
+    `rmse` the root mean square distance, in the model's units, to the samples of the teacher in full from the same
+    noise. `training_seconds` includes what a student was distilled from before, and the trajectories it learned from.
 
     Attributes:
         full: steps of the teacher in full.
+        shown: further values that tables have a column for.
     """
 
     full: ClassVar[int] = 1024
+    shown: ClassVar[tuple[str, ...]] = ()
 
-    def teacher(self, data: str, counts: tuple[int, ...]) -> Cell:
+    def teacher(self, data: str, counts: tuple[int, ...], **settings: Any) -> Cell:
         """A diffusion on the schedule of arXiv 2202.00512, whose angle is linear in t, with v-prediction."""
         changes = {"schedule": "trig", "parametrization": "v", "sampling.spacing": "even"} | self.network(data)
         sampling = {"num_steps": self.full, "solver": "ddim"}
-        return self._cell(data, "teacher", "ddpm", changes, counts, "the teacher", sampling=sampling)
+        return self._cell(data, "teacher", "ddpm", changes, counts, "the teacher", sampling=sampling, **settings)
 
     def network(self, data: str) -> dict[str, Any]:
         """Network and training of a teacher."""
@@ -56,11 +60,19 @@ class FewSteps(Study):
         return networks[data]
 
     def student(
-        self, data: str, name: str, method: str, said: dict[str, Any], counts: tuple[int, ...], note: str, *uses: str
+        self,
+        data: str,
+        name: str,
+        method: str,
+        said: dict[str, Any],
+        counts: tuple[int, ...],
+        note: str,
+        *uses: str,
+        **settings: Any,
     ) -> Cell:
-        """What distils the first of the cells of `uses` ("teacher" if none), which ends with the teacher."""
+        """What is made of the first of the cells of `uses` ("teacher" if none), which ends with the teacher."""
         batch = {"training.batch_size": self.network(data)["training.batch_size"]}
-        return self._cell(data, name, method, batch | said, counts, note, *(uses or ("teacher",)))
+        return self._cell(data, name, method, batch | said, counts, note, *(uses or ("teacher",)), **settings)
 
     def _cell(
         self, data: str, name: str, method: str, said: dict[str, Any], counts: tuple[int, ...], note: str, *uses: str,
@@ -72,29 +84,38 @@ class FewSteps(Study):
 
     def measure(self, trained: Trained) -> list[Row]:
         settings, model, spec = trained.cell.settings, trained.model, trained.dataset.spec
-        own = settings.get("sampling", {})
+        own, known = settings.get("sampling", {}), None
         if own:  # a teacher
             known = model.sample(settings["paired"], seed=trained.seed, **own).data
             files.write_tensors(trained.run.folder / _FULL, {"samples": known})
-        else:
+        elif trained.cell.uses:
             known = files.read_tensors(trained.of(trained.cell.uses[-1]).folder / _FULL)["samples"]
         seconds = _seconds(trained.run)
         for name in trained.cell.uses[:-1]:  # of a student that is distilled further, the phases that made it
             seconds += _seconds(trained.of(name), trained.cell.changes["schedule"][0])
+        ways = [own | {"num_steps": count} for count in settings["counts"]]
+        ways += [
+            {"solver": name, "num_steps": n} for name, counts in settings.get("solvers", {}).items() for n in counts
+        ]
+        metrics = [settings["metric"], *settings.get("more", ())]
         rows = []
-        for count in settings["counts"]:
-            samples = model.sample(settings["n"], seed=trained.seed, **own | {"num_steps": count})
-            (score,) = score_samples(samples.data, trained.dataset, seed=trained.seed, metrics=[settings["metric"]])
-            scale = _SCALE[settings["metric"]]
+        for way in ways:
+            samples = model.sample(settings["n"], seed=trained.seed, **way)
+            score, *more = score_samples(samples.data, trained.dataset, seed=trained.seed, metrics=metrics)
+            scale = _SCALE.get(score.name, 1.0)
             values = {
                 "score": scale * score.value,
                 "score_real": scale * (score.floor or 0.0),
-                "rmse": paired_rmse(samples.data[: len(known)], known, spec),
                 "nfe": float(samples.nfe),
                 "seconds_per_sample": samples.seconds / len(samples.data),
                 "training_seconds": seconds,
             }
-            rows.append(Row({"steps": count}, values))
+            if known is not None:
+                values["rmse"] = paired_rmse(samples.data[: len(known)], known, spec)
+            labels = {"steps": way["num_steps"]}
+            if settings.get("solvers"):
+                labels["solver"] = way["solver"]
+            rows.append(Row(labels, values | {other.name: other.value for other in more}))
         return rows
 
     def tables(self, results: Results) -> dict[str, list[dict[str, str]]]:
@@ -108,14 +129,17 @@ class FewSteps(Study):
                 last = min(int(labels["steps"]) for labels, _ in groups)
                 for labels, values in groups:
                     shown = {
-                        "configuration": cell.removeprefix(f"{data}-"),
+                        "configuration": ", ".join(
+                            [cell.removeprefix(f"{data}-"), *([str(labels["solver"])] if "solver" in labels else [])]
+                        ),
                         "steps": str(labels["steps"]),
                         metric + (" x 1000" if metric == "energy" else ""): mean_and_spread(values["score"]),
-                        "RMSE to the teacher": mean_and_spread(values["rmse"]),
+                        "RMSE to the teacher": mean_and_spread(values["rmse"]) if "rmse" in values else "",
                         "nfe": f"{values['nfe'].mean():g}",
                         "ms a sample": f"{1000 * values['seconds_per_sample'].mean():.3g}",
                         "training, s": f"{values['training_seconds'].mean():.0f}" if labels["steps"] == last else "",
                     }
+                    shown |= {name: mean_and_spread(values[name]) for name in self.shown if name in values}
                     lines.append(shown)
             if lines:
                 floor = mean_and_spread(results.groups(f"{data}-teacher")[0][1]["score_real"])
@@ -124,10 +148,11 @@ class FewSteps(Study):
 
 
 def _seconds(run: Run, steps: int | None = None) -> float:
-    """What a run took to train; of a distilled one with `steps`, up to the student of so many steps."""
-    lines = run.metrics()
+    """What a run took to train, trajectories included; of a distilled one with `steps`, up to that student."""
+    lines, own = run.metrics(), run.folder / "trajectories"
     if steps is not None:
         method: Any = run.config.method  # of students: only they are distilled further
         last = 1 + [num_groups(groups) for groups in method.grids].index(steps)
         lines = [line for line in lines if line["phase"] <= last]
-    return float(sum(line.get("seconds", 0.0) for line in lines))
+    made = Trajectories.open(own).seconds if own.is_dir() else 0.0
+    return made + float(sum(line.get("seconds", 0.0) for line in lines))

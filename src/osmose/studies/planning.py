@@ -9,14 +9,15 @@ from pathlib import Path
 import torch
 
 from osmose.acceleration.plan import Plan, plan
+from osmose.acceleration.teaching import taught_config
 from osmose.data.dataset import DataConfig, Dataset
 from osmose.errors import UserError, nearest
-from osmose.methods import DISTILLED
+from osmose.methods import CONTINUED, DISTILLED, TAUGHT
 from osmose.studies.report import commit
 from osmose.studies.study import Cell, Study
 from osmose.studies.task import Task
 from osmose.training.config import Parent, RunConfig
-from osmose.training.recipes import checked, recipe
+from osmose.training.recipes import checked, recipe, spread
 
 #: Steps after which what serves people happens, but for the last one, when it happens always.
 _NEVER = 10**9
@@ -83,7 +84,7 @@ def tasks_of(
         config = None
         if cell.method is not None:
             try:
-                if cell.method not in DISTILLED:
+                if not cell.starts_from:
                     config = checked(_config(cell, data, dataset, seeds[0]))
             except UserError as error:  # what a configuration calls method.network is network in a cell's changes
                 raise UserError(f"cell {cell.name}: {str(error).removeprefix('method.')}") from None
@@ -93,8 +94,8 @@ def tasks_of(
             if seed_text in ("", str(seed)):
                 uses = tuple(made(used)[seed] for used in cell.uses)
                 own: RunConfig | Plan | None = None if config is None else config.replace(seed=seed)
-                if cell.method in DISTILLED:
-                    own = _plan(cell, uses[0], seed)
+                if cell.starts_from:
+                    own = _from_run(cell, uses[0], dataset, seed)
                 found[seed] = Task(name, study.quick, cell, seed, data, sha256, own, folder, device, here, uses)
         return found
 
@@ -102,17 +103,18 @@ def tasks_of(
     return sorted(tasks, key=lambda task: seeds.index(task.seed))
 
 
-def _plan(cell: Cell, teacher: Task, seed: int) -> Plan:
-    """The distillation of a cell; the hash of the teacher is put in when it begins."""
+def _from_run(cell: Cell, teacher: Task, dataset: Dataset, seed: int) -> Plan | RunConfig:
+    """What a cell makes of another one's run; the hash of that is put in when it begins."""
     assert cell.method is not None
     assert teacher.config is not None, "cells that use others are checked to use runs"
     known = teacher.config.result() if isinstance(teacher.config, Plan) else teacher.config
-    quiet = {f"training.{name}": _NEVER for name in ("validate_every", "preview_every")} | {
-        "training.preview_samples": 1
-    }
+    said = {f"training.{name}": _NEVER for name in ("validate_every", "preview_every")}
+    said |= {"training.preview_samples": 1, "training.keep_checkpoints": 1, "seed": seed, **cell.changes}
+    parent = Parent(folder=teacher.run_folder.name, sha256="")
     try:
-        parent = Parent(folder=teacher.run_folder.name, sha256="")
-        return plan(known, parent, cell.method, {"seed": seed} | quiet | dict(cell.changes))
+        if cell.method in (*TAUGHT, *CONTINUED):
+            return taught_config(known, parent, cell.method, said, spread(dataset))
+        return plan(known, parent, cell.method, said)
     except UserError as error:
         raise UserError(f"cell {cell.name}: {error}") from None
 

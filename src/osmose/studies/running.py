@@ -30,6 +30,7 @@ import torch
 
 from osmose.acceleration.distill import Distillation
 from osmose.acceleration.plan import Plan
+from osmose.acceleration.teaching import Teaching
 from osmose.data.dataset import Dataset
 from osmose.errors import UserError
 from osmose.gaussian.draws import mix
@@ -250,8 +251,18 @@ def _trained(task: Task, dataset: Dataset) -> tuple[Run, int]:
             raise KeyboardInterrupt
         return distillation.made, 0
     assert task.config is not None
-    run = Run.open(task.run_folder) if begun else Run.create(task.run_folder, task.config)
-    trainer = Trainer(run, dataset)
+    if task.cell.starts_from:
+        teacher = task.teacher()
+        config = task.config.replace(parent=teacher.as_parent().to_json())
+        teaching = (
+            Teaching.open(task.run_folder, teacher, config.method.kind)
+            if begun
+            else Teaching.begin(task.run_folder, teacher, config)
+        )
+        run, trainer = teaching.run, teaching.trainer(dataset, progress=False)
+    else:
+        run = Run.open(task.run_folder) if begun else Run.create(task.run_folder, task.config)
+        trainer = Trainer(run, dataset)
     from_step = trainer.step
     if not trainer.fit():
         raise KeyboardInterrupt

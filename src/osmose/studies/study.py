@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from osmose.data.dataset import DataConfig, Dataset
+from osmose.methods import CONTINUED, DISTILLED
 from osmose.methods.base import GenerativeModel
 from osmose.metrics.evaluation import evaluate_run, record
 from osmose.studies.verdicts import Finding, lower, mean_and_spread, same
@@ -31,11 +32,11 @@ class Cell:
 
     Attributes:
         name: lower-case letters, digits, `.` and `-`: it names files.
-        method: what is trained, or None where nothing is and `measure` needs only the data. `tract` and `btd` distil
-            the run of the first cell in `uses`.
+        method: what is trained, or None where nothing is and `measure` needs only the data. Methods that distil have
+            the run of the first cell in `uses` for a teacher; `sct` and `ect` begin with its weights, if there is one.
         data: as `--data`, or a `DataConfig` without a root.
         changes: dotted overrides of the recipe, as for `recipe` (`{"network.width": 256, "training.steps": 500}`); of a
-            distillation, what is said of it, as for `acceleration.plan.plan` (`{"schedule": [64, 8, 1]}`).
+            distillation, what is said of it, as for `acceleration.distill` (`{"schedule": [64, 8, 1]}`).
         settings: plain values that `measure` reads (`{"num_samples": 800}`). They belong to the cell's identity: when
             one changes, the cell is measured again, and not trained again.
         note: what the cell is there for, in words.
@@ -54,6 +55,11 @@ class Cell:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.name):
             raise ValueError(f"cell {self.name!r}: a name is made of lower-case letters, digits, '.' and '-'")
+
+    @property
+    def starts_from(self) -> str | None:
+        """The cell whose run this one is made from, if it is made from one."""
+        return self.uses[0] if self.uses and self.method in (*DISTILLED, *CONTINUED) else None
 
 
 @dataclass(frozen=True)

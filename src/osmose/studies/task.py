@@ -56,24 +56,24 @@ class Task:
         """
         if self.config is None:
             return {"data": self.data.to_json(), "data_sha256": self.identity, "seed": self.seed}
-        of = {"distilled": self.uses[0].description()} if isinstance(self.config, Plan) else {}
+        of = {"distilled": self.uses[0].description()} if self.cell.starts_from else {}
         return _what(self.config.to_json()) | of
 
     def has_other_run(self) -> bool:
         """Whether its run folder holds a run of another configuration or teacher, or one that was hardly begun."""
         assert self.config is not None, "a cell without a method has no run"
-        distilled = isinstance(self.config, Plan)
-        path = self.run_folder / ("distillation.json" if distilled else "config.json")
+        planned = isinstance(self.config, Plan)
+        path = self.run_folder / ("distillation.json" if planned else "config.json")
         if not path.is_file():
             return self.run_folder.exists()
         held = files.read_json(path)
         # Of a teacher that is not there yet, it is asked again once it is.
-        here = distilled and (self.uses[0].run_folder / "model.safetensors").is_file()
-        other = here and held["teacher"]["sha256"] != self.teacher().hash()
+        here = self.cell.starts_from and (self.uses[0].run_folder / "model.safetensors").is_file()
+        other = here and held["teacher" if planned else "parent"]["sha256"] != self.teacher().hash()
         return other or _what(held) != _what(self.config.to_json())
 
     def teacher(self) -> Run:
-        """The run that its distillation begins with."""
+        """The run that it is made from."""
         return Run.open(self.uses[0].run_folder)
 
     def hash(self) -> str:
@@ -92,5 +92,9 @@ class Task:
 
 
 def _what(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's configuration without what says who computed it, a plan without the weights that it begins with."""
-    return {name: value for name, value in config.items() if name not in ("versions", "teacher")}
+    """A configuration without what says who computed it, and from which weights, which its teacher's cell says."""
+    return {
+        name: value
+        for name, value in config.items()
+        if name not in ("versions", "teacher") and not (name == "parent" and value)
+    }

@@ -33,10 +33,9 @@ def recipe(method: str, data: DataConfig, dataset: Dataset, seed: int, changes: 
     Raises:
         UserError: a name or a value that is refused; the message says what would be right.
     """
-    sample = dataset.spec.encode(dataset.train[:: max(1, len(dataset.train) // 2000)])
     cls = METHODS.resolve(method)
     # Complete, so that an override may reach into a part that the recipe does not mention (schedule.num_steps=500).
-    values = cls.parse(cls.recipe(dataset.spec, float(sample.square().mean().sqrt()))).to_json()
+    values = cls.parse(cls.recipe(dataset.spec, spread(dataset))).to_json()
     suited = cls.training_recipe(dataset.spec)
     training = {
         name.removeprefix("training."): value for name, value in changes.items() if name.startswith("training.")
@@ -46,18 +45,24 @@ def recipe(method: str, data: DataConfig, dataset: Dataset, seed: int, changes: 
         if name in TrainingConfig.model_fields and name not in fields:
             raise UserError(f"{name}: unknown field; did you mean 'training.{name}'?")
     ours = {name: value for name, value in changes.items() if not name.startswith("training.")}
+    whole = override(training_for(dataset.spec, training.get("steps", suited.get("steps"))) | suited, training)
+    steps = whole["steps"]
     return RunConfig.parse(
         {
-            "method": override(values, ours),
+            "method": override(values | cls.length_recipe(steps if isinstance(steps, int) else 1), ours),
             "data": data.to_json(),
             "spec": dataset.spec.to_json(),
             "identity": dataset.identity.to_json(),
-            "training": override(
-                training_for(dataset.spec, training.get("steps", suited.get("steps"))) | suited, training
-            ),
+            "training": whole,
             "seed": seed,
         }
     )
+
+
+def spread(dataset: Dataset) -> float:
+    """Root mean square of the training data in the model's units, from about 2,000 items."""
+    sample = dataset.spec.encode(dataset.train[:: max(1, len(dataset.train) // 2000)])
+    return float(sample.square().mean().sqrt())
 
 
 def training_for(spec: DataSpec, steps: Any = None) -> dict[str, Any]:

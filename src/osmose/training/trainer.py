@@ -179,7 +179,9 @@ class Trainer:
             window.add(terms)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or float("inf"))
         if not bool(torch.isfinite(norm)):
-            self._diverged("the loss is no longer finite", self.step + 1, terms.t)
+            bad = ~terms.per_item.detach().isfinite().cpu()  # of the batch, those that are to blame, if it shows
+            times = terms.t[bad] if terms.t is not None and bool(bad.any()) else terms.t
+            self._diverged("the loss is no longer finite", self.step + 1, times)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update()

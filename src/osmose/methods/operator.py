@@ -1,0 +1,232 @@
+r"""DSNO: a network that returns the whole trajectory of a diffusion from its noise, at M times at once.
+
+The probability-flow ODE has a solution operator, x_T to x(t) for all t. DSNO (arXiv 2211.13449) learns it from stored
+trajectories of a teacher: the teacher's network runs on M copies of x_T, copy i told the time t_i, and layers between
+its residual blocks mix the copies along time (`networks.temporal`). The last time is t = 0, the sample.
+
+The network is read at the level T of the noise, through the parametrization, as an estimate X of the data, and slice i
+is the DDIM step from T to t_i with that estimate,
+
+    G(x_T)(t_i) = (sigma_i / sigma_T) x_T + (alpha_i sigma_T - alpha_T sigma_i) / sigma_T X_i,
+
+so that G(x_T)(T) = x_T, and at t = 0, G = X; the published network gives G itself, which makes it learn the share of
+noise in every slice as well. The loss is the mean over dimensions of the absolute (or squared) error, weighted over
+times by
+
+    lambda(t) = min(max(alpha / sigma, 1), cap) / sum over the M times,
+
+the square root of the signal-to-noise ratio. With the published cap, 10^4, the end has almost all of the weight.
+
+A sample takes one call, which is the work of M evaluations of the network, all in parallel. The trained times are the
+only ones: with others a network has to be taught anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from osmose.configuration import ConfigError
+from osmose.data.dataset import DataSpec
+from osmose.errors import UserError
+from osmose.gaussian.denoiser import NetworkDenoiser
+from osmose.gaussian.draws import Draws, SampleDraws
+from osmose.gaussian.schedule import CLEAN, Level
+from osmose.methods.base import Batch, GenerativeModel, LossTerms, OnStep, SamplingConfig
+from osmose.methods.chain import ProcessConfig
+from osmose.networks.copying import copy_weights
+from osmose.networks.temporal import TemporalNetwork
+
+#: The share of trajectories that is kept from training.
+_HELD_OUT = 20
+#: Times that differ by less are the same.
+_SAME_TIME = 1e-6
+
+
+class Paths(Protocol):
+    """Stored trajectories of a teacher, model units."""
+
+    @property
+    def levels(self) -> tuple[Level[float], ...]:
+        """Where their states are, the noise first and clean data last."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def rows(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Some of them, float32 (n, len(levels), *event), and their classes, int64 (n,), or None."""
+
+
+class OperatorSampling(SamplingConfig):
+    """One call: there is nothing to choose."""
+
+    num_steps: int = Field(1, ge=1, le=1, description="calls of the operator")
+
+
+class DSNOConfig(ProcessConfig):
+    """Diffusion sampling with a neural operator."""
+
+    kind: Literal["dsno"] = "dsno"
+    num_times: int = Field(4, ge=1, description="M, the times at which the trajectory is returned")
+    grid: Literal["quadratic", "even"] = Field("quadratic", description="t = (k / M)^2, or k / M, k = M - 1..0")
+    modes: int = Field(2, ge=0, description="J, modes of the temporal layers, at most M / 2 + 1; 0: no such layers")
+    loss: Literal["l1", "l2"] = Field("l1", description="mean absolute, or mean squared, error")
+    weight_cap: float = Field(1e4, ge=1, description="largest alpha / sigma in the weight of a time")
+    warm_start: bool = Field(True, description="start from the teacher's weights")
+    trajectories: dict[str, Any] = Field(default_factory=dict, description="what the stored trajectories are")
+    teacher_sampling: dict[str, Any] = Field(default_factory=dict, description="how the teacher drew them")
+    sampling: OperatorSampling = OperatorSampling()
+
+    @model_validator(mode="after")
+    def _fits(self) -> DSNOConfig:
+        most = self.num_times // 2 + 1
+        if self.modes > most:
+            raise ConfigError("modes", f"{self.modes} is more than {self.num_times} times have, {most}")
+        if self.parametrization.kind == "eps":
+            raise ConfigError("parametrization", "'eps' cannot give x0 from pure noise; use v, x0 or edm")
+        return self
+
+    def build(self, spec: DataSpec) -> DSNO:
+        return DSNO(self, spec)
+
+
+class DSNO(GenerativeModel):
+    """See the module's text.
+
+    Attributes:
+        operator: the network with its temporal layers.
+        levels: of the M times, noisiest first; the last is t = 0.
+    """
+
+    config: DSNOConfig
+    _labels: Tensor
+    _weights: Tensor
+
+    def __init__(self, config: DSNOConfig, spec: DataSpec):
+        super().__init__(config, spec)
+        denoiser = config.denoiser(spec)
+        self.operator = TemporalNetwork(denoiser.network, config.num_times, config.modes)
+        count, schedule = config.num_times, config.schedule
+        power = 2 if config.grid == "quadratic" else 1
+        t = torch.tensor([1.0, *((k / count) ** power for k in reversed(range(count)))], dtype=torch.float64)
+        if schedule.native_steps:
+            t = (t * schedule.native_steps).round() / schedule.native_steps
+        rows = zip(*(values.tolist() for values in schedule.level(t)), strict=True)
+        self._top, *levels = (Level(*row) for row in rows)
+        self.levels = tuple(levels)
+        labels = torch.tensor([float(schedule.label(level)) for level in levels])
+        self.register_buffer("_labels", labels, persistent=False)
+        weight = torch.tensor([self._weight(level) for level in levels])
+        self.register_buffer("_weights", weight / weight.sum(), persistent=False)
+        self._paths: list[Paths] = []
+
+    def _weight(self, level: Level[float]) -> float:
+        """Lambda, before it is divided by the sum."""
+        cap = self.config.weight_cap
+        return cap if level.sigma == 0 else min(max(level.alpha / level.sigma, 1.0), cap)
+
+    def begin(self, teacher: NetworkDenoiser, paths: Paths) -> None:
+        """Give the model the trajectories of its teacher, and its weights; before training, also when taken up again.
+
+        Raises:
+            UserError: trajectories that were not stored at the model's times, or fewer than two.
+        """
+        stored = [level.t for level in paths.levels]
+        self._columns = []
+        for level in self.levels:
+            near = [index for index, t in enumerate(stored) if abs(t - level.t) < _SAME_TIME]
+            if not near:
+                raise UserError(
+                    f"num_times: {self.config.num_times} needs the state at t = {level.t:.6g}, which the trajectories "
+                    f"do not have; theirs are {', '.join(f'{t:.4g}' for t in stored)}"
+                )
+            self._columns.append(near[0])
+        if len(paths) < 2:
+            raise UserError(f"trajectories: {len(paths)} is not enough: one at least is held out")
+        self._paths = [paths]
+        if self.config.warm_start:
+            copy_weights(teacher.network, self.operator.backbone)
+
+    @property
+    def paths(self) -> Paths:
+        """The trajectories.
+
+        Raises:
+            UserError: they have not been given; training goes through `osmose distill`.
+        """
+        if not self._paths:
+            raise UserError("dsno: has no trajectories; it is continued by osmose distill dsno RUN --out RUN2 --resume")
+        return self._paths[0]
+
+    def solve(self, x_t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """The trajectory from noise at the level T, (B, *event), at all M times: (B, M, *event)."""
+        top = self._top
+        c = self.config.parametrization.coefficients(top)
+        out = self.operator(c.c_in * x_t, self._labels, condition)
+        x_t = x_t.unsqueeze(1)
+        x0 = c.c_skip * x_t + c.c_out * out
+        ends = (*self.levels[:-1], CLEAN)
+        shape = (1, -1, *(1,) * (x0.ndim - 2))
+        keep = x0.new_tensor([s.sigma / top.sigma for s in ends]).view(shape)
+        gain = x0.new_tensor([s.alpha - s.sigma * top.alpha / top.sigma for s in ends]).view(shape)
+        return keep * x_t + gain * x0
+
+    def loss(self, batch: Batch, draws: Draws) -> LossTerms:
+        """As `GenerativeModel.loss`; of the batch only its size matters, the items are trajectories."""
+        held_out = max(1, len(self.paths) // _HELD_OUT)
+        first, count = (0, len(self.paths) - held_out) if self.training else (len(self.paths) - held_out, held_out)
+        states, condition = self.paths.rows(first + (draws.uniform() * count).long())
+        device = batch.x0.device
+        states, condition = states.to(device), None if condition is None else condition.to(device)
+        difference = (self.solve(states[:, 0], condition) - states[:, self._columns]).flatten(2)
+        error = difference.abs().mean(2) if self.config.loss == "l1" else difference.square().mean(2)
+        end = difference[:, -1].detach().square().mean(1)
+        return LossTerms((error * self._weights).sum(1), None, {"end_squared_error": end})
+
+    def networks(self) -> list[nn.Module]:
+        return [self.operator]
+
+    def probe(self, items: int) -> None:
+        device = self._labels.device
+        x = torch.randn(items, *self.spec.shape, generator=torch.Generator().manual_seed(0)).to(device)
+        condition = torch.zeros(items, dtype=torch.int64, device=device) if self.config.conditional else None
+        self.operator(x, self._labels, condition)
+
+    def generate(
+        self,
+        draws: Draws,
+        sampling: SamplingConfig,  # noqa: ARG002
+        condition: Tensor | None,
+        on_step: OnStep,
+    ) -> tuple[Tensor, int]:
+        x = self.solve(self._noise(draws), condition)[:, -1]
+        on_step(1, 1)
+        return x, self.config.num_times
+
+    def trajectories(
+        self, num_samples: int, *, seed: int = 0, condition: Tensor | int | None = None, batch_size: int = 256
+    ) -> Iterator[Tensor]:
+        """The whole paths of the samples of a seed, batch by batch: the noise, then the M states.
+
+        Yields:
+            Model units, float32 (n, M + 1, *event), on the CPU; what `sample` gives is the last state in data units.
+        """
+        classes = self.classes_for(num_samples, condition)
+        for first in range(0, num_samples, batch_size):
+            count = min(batch_size, num_samples - first)
+            own = None if classes is None else classes[first : first + count].to(self.device)
+            with torch.inference_mode():
+                x_t = self._noise(SampleDraws(seed, first, count, self.device))
+                yield torch.cat([x_t.unsqueeze(1), self.solve(x_t, own)], 1).cpu()
+
+    @property
+    def times(self) -> list[float]:
+        """Process times of the states of `trajectories`."""
+        return [self._top.t, *(level.t for level in self.levels)]
+
+    def _noise(self, draws: Draws) -> Tensor:
+        return self.config.noise.sample(draws, self.spec.shape) * self.config.schedule.prior_std

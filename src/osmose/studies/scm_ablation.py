@@ -1,0 +1,168 @@
+"""`osmose study scm-ablation`: which of the things that are said to stabilise consistency models matter here?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from osmose.metrics.evaluate import score_samples
+from osmose.studies.few_step import LOW
+from osmose.studies.few_steps import FewSteps
+from osmose.studies.plots import panels
+from osmose.studies.study import Cell, Claim, Results, Row, Trained
+from osmose.studies.verdicts import Finding, lower
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: What is changed of sCD as it is by default, and what is said of it.
+_CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "scd": ({}, "normalised tangent, adaptive weight, warm-up over a fifth"),
+    "clip": ({"tangent": "clip"}, "tangent clipped to [-1, 1]"),
+    "raw": ({"tangent": "none"}, "tangent as it is"),
+    "no-weight": ({"adaptive_weight": False}, "every t has weight 1"),
+    "no-warmup": ({"warmup": 0}, "no warm-up"),
+    "raw-bare": ({"tangent": "none", "adaptive_weight": False, "warmup": 0}, "none of the three"),
+    "rms": ({"norm": "rms"}, "normalised by the RMS instead of the L2 norm"),
+    "finite-diff": ({"jvp": "finite-diff"}, "derivative from a central difference"),
+}
+#: Of these, the ones that the largest data are used for.
+_LARGE = ("scd", "raw", "raw-bare")
+#: Frequencies of the time embedding: low, that of Fourier features of scale 16, DDPM's.
+FREQUENCIES = {"fourier-16": 0.16, "ddpm": 1.0}
+
+
+class SCMAblation(FewSteps):
+    """sCD with one thing changed at a time, from one teacher, with the same number of updates.
+
+    The teacher is that of the study `few-step`: TrigFlow, v-prediction, time in low frequencies (0.02 a unit of a label
+    of 1000), time added in each block. `double-norm` has adaptive double normalisation instead, in teacher and student.
+    `fourier-16` and `ddpm` have a teacher whose time embedding has the frequencies of Fourier features of scale 16 and
+    of DDPM, and so has the student; `lowered` is a student of the `ddpm` teacher with low frequencies and all other
+    weights of the teacher, which is what `osmose distill scd` does by itself. `segments-2` and `segments-4` lead to the
+    ends of so many segments. `sct` and `sct-cold` learn from the data, with the teacher's weights to begin with, and
+    without.
+
+    A seed has `diverged` if its one-step score is worse than that of the teacher's own single step. Gradients are
+    clipped at norm 1 throughout, which keeps what diverges finite.
+    """
+
+    title = "What stabilises a consistency model in continuous time?"
+    source = (
+        "sCM (arXiv 2410.11081), figures 4 and 5: ablations on CIFAR-10 and ImageNet-64, whose numbers are not printed"
+    )
+    full: ClassVar[int] = 256
+    shown: ClassVar[tuple[str, ...]] = ("diverged",)
+
+    def budgets(self) -> dict[str, int]:
+        """Updates of each data set's students."""
+        return {"checkerboard": 30} if self.quick else {"checkerboard": 800, "digits": 1000, "fashion-mnist": 150}
+
+    def network(self, data: str) -> dict[str, Any]:
+        values = super().network(data) | LOW
+        return values | ({"training.steps": 500} if data == "fashion-mnist" else {})
+
+    def changes(self, data: str) -> dict[str, tuple[dict[str, Any], str]]:
+        """What is changed on a data set."""
+        if self.quick or data == "fashion-mnist":
+            return {name: _CHANGES[name] for name in (("scd", "raw-bare") if self.quick else _LARGE)}
+        return _CHANGES
+
+    def cells(self) -> list[Cell]:
+        cells = []
+        for data, steps in self.budgets().items():
+            large = data == "fashion-mnist"
+            cells.append(self.teacher(data, (1, 2, self.full)))
+            for name, (changes, note) in self.changes(data).items():
+                cells.append(self.student(data, name, "scd", changes | {"steps": steps}, (1, 2), note))
+            frequencies = {"ddpm": FREQUENCIES["ddpm"]} if self.quick or large else FREQUENCIES
+            for name, frequency in frequencies.items():
+                cells += self._embedded(data, name, {"network.time_frequency": frequency}, steps)
+            used = ("teacher-ddpm",)
+            said = {"steps": steps, "network.time_frequency": LOW["network.time_frequency"]}
+            cells.append(
+                self.student(data, "lowered", "scd", said, (1, 2), "low frequencies in the student alone", *used)
+            )
+            if self.quick or large:
+                continue
+            cells += self._embedded(data, "double-norm", {"network.modulation": "double-norm"}, steps)
+            for count in (2, 4):
+                cut: dict[str, Any] = {"steps": steps, "segments": count}
+                cells.append(self.student(data, f"segments-{count}", "scd", cut, (count,), f"{count} segments"))
+            cells.append(self.student(data, "sct", "sct", {"steps": steps}, (1, 2), "from data, warm"))
+            alike = {"schedule": "trig", "parametrization": "v", "network.modulation": "add"} | self.network(data)
+            alike |= {"training.steps": steps, "training.lr": 1e-3}
+            cells.append(self._cell(data, "sct-cold", "sct", alike, (1, 2), "from data, cold"))
+        return cells
+
+    def _embedded(self, data: str, name: str, changes: dict[str, Any], steps: int) -> list[Cell]:
+        """A teacher whose network is told the time in another way, and a student with the same network."""
+        teacher = self.teacher(data, (1, 2, self.full))
+        own = {**teacher.changes, **changes}
+        teacher = replace(teacher, name=f"{data}-teacher-{name}", changes=own, note=f"teacher, {name}")
+        kept = {n: value for n, value in changes.items() if n == "network.time_frequency"}
+        student = self.student(data, name, "scd", kept | {"steps": steps}, (1, 2), name, f"teacher-{name}")
+        return [teacher, student]
+
+    def measure(self, trained: Trained) -> list[Row]:
+        rows = super().measure(trained)
+        if not trained.cell.uses:
+            return rows
+        settings, teacher = trained.cell.settings, trained.of(trained.cell.uses[-1]).model(trained.device)
+        alone = teacher.sample(settings["n"], seed=trained.seed, num_steps=1, solver="ddim").data
+        (score,) = score_samples(alone, trained.dataset, seed=trained.seed, metrics=[settings["metric"]])
+        known = score.value * (1000.0 if score.name == "energy" else 1.0)
+        return [Row(row.labels, {**row.values, "diverged": float(row.values["score"] > known)}) for row in rows]
+
+    def claims(self) -> list[Claim]:
+        claims = []
+        for data in self.budgets():
+            changes = [name for name in self.changes(data) if name != "scd"]
+            others = ["lowered", "ddpm"] if data == "fashion-mnist" or self.quick else ["lowered", *FREQUENCIES]
+            for name in [*changes, *(name for name in others if name != "lowered")]:
+                text = f"{data}, 1 step: sCD as it is beats {name}"
+                claims.append(Claim.lower(text, f"{data}-scd", f"{data}-{name}", "score", steps=1))
+            text = f"{data}, 1 step: low frequencies in the student alone rescue a teacher with DDPM's"
+            claims.append(Claim.lower(text, f"{data}-lowered", f"{data}-ddpm", "score", steps=1))
+            claims.append(_no_loss(data, self.full))
+            if data != "fashion-mnist" and not self.quick:
+                more = [
+                    ("adaptive double normalisation beats adding the time", "double-norm", "scd"),
+                    ("the teacher's weights are a better beginning for sCT than none", "sct", "sct-cold"),
+                ]
+                for words, a, b in more:
+                    text = f"{data}, 1 step: {words}"
+                    claims.append(Claim.lower(text, f"{data}-{a}", f"{data}-{b}", "score", steps=1))
+                text = f"{data}, 2 steps: two segments beat noising again"
+                claims.append(Claim.lower(text, f"{data}-segments-2", f"{data}-scd", "score", steps=2))
+        return claims
+
+    def figures(self, results: Results) -> dict[str, Figure]:
+        figure, axes = panels(len(self.budgets()))
+        for panel, data in zip(axes, self.budgets(), strict=True):
+            cells = [cell for cell in results.rows if cell.startswith(data) and "teacher" not in cell]
+            for place, cell in enumerate(cells):
+                for labels, values in results.groups(cell):
+                    colour = {1: "C0", 2: "C1", 4: "C2"}[int(labels["steps"])]
+                    shown = np.maximum(values["score"], 1e-2)
+                    panel.plot(shown, [place] * len(shown), ".", color=colour, alpha=0.6)
+                    panel.plot(shown.mean(), place, "D", color=colour, markersize=5)
+            panel.set_yticks(range(len(cells)), [cell.removeprefix(f"{data}-") for cell in cells], fontsize=7)
+            panel.set(xscale="log", xlabel="score (lower is better)", title=data)
+            panel.invert_yaxis()
+        for count, colour in ((1, "C0"), (2, "C1"), (4, "C2")):
+            axes[0].plot([], [], "D", color=colour, label=f"{count} step{'s' if count > 1 else ''}")
+        axes[0].legend(fontsize=7)
+        return {"score-of-changes": figure}
+
+
+def _no_loss(data: str, full: int) -> Claim:
+    low, high = f"{data}-teacher", f"{data}-teacher-ddpm"
+
+    def check(results: Results) -> Finding:
+        a, b = (results.values(cell, "score", steps=full) for cell in (low, high))
+        return lower(a, b + 0.1 * np.abs(b))
+
+    return Claim(f"{data}: low frequencies cost the teacher less than 10 %", [low, high], check)
