@@ -229,6 +229,27 @@ def test_the_seed_decides_and_the_batch_size_does_not(known, dataset):
     assert torch.equal(found[0].tangent, tangents(run, dataset, n=30, bins=3, seed=5, batch_size=30).tangent)
 
 
+def test_the_seed_decides_items_angles_and_noise(known, dataset):
+    seen = []
+
+    def noting(t, condition):
+        seen.append(condition.tolist())
+        return exact(t)
+
+    def labels(items, **options):
+        data = Dataset("npz:known", dataset.spec, dataset.train, items, "", None, torch.arange(len(items)))
+        seen.clear()
+        found = tangents(run, data, jvp="finite-diff", batch_size=99, **options)
+        return found.tangent, seen[::3]  # once, and for a difference twice more
+
+    run = known("edm", noting, conditional=True)
+    _, first = labels(dataset.held_out[:6], n=2, bins=3, seed=0)
+    assert sorted(itertools.chain(*first)) == list(range(6))  # no item twice while there are others
+    assert first != labels(dataset.held_out[:6], n=2, bins=3, seed=1)[1]
+    sizes = [labels(dataset.held_out[:1], n=2, bins=3, seed=seed)[0] for seed in (0, 1)]
+    assert not torch.allclose(*sizes, rtol=1e-3)
+
+
 def test_few_items_come_again(known, dataset):
     few = Dataset("npz:known", dataset.spec, dataset.train, dataset.held_out[:3], "")
     steps = []

@@ -118,7 +118,6 @@ def test_its_json_is_the_library_s_answer(osmose):
         (["points"], "data", "the data's, cos(t) z - sin(t) x0", "osmose distill scd points --out RUN2"),
         (["points", "--direction", "own"], "own", "V of the run itself", "osmose distill scd points --out RUN2"),
         (["scd"], "data", "the data's, cos(t) z - sin(t) x0", "osmose analyze tangents scd --teacher points"),
-        (["sct"], "data", "the data's, cos(t) z - sin(t) x0", "osmose analyze tangents sct --teacher points"),
         (["sct", "--teacher", "points"], "teacher", "the flow of points", "osmose evaluate sct"),
         (["ect"], "data", "the data's, cos(t) z - sin(t) x0", "osmose evaluate ect"),
         (["classes"], "data", "the data's, cos(t) z - sin(t) x0", "osmose distill scd classes --out RUN2"),
@@ -135,8 +134,14 @@ def test_every_run_with_a_denoiser_has_tangents(osmose, words, direction, told, 
     assert answer.out.splitlines()[-1] == f"next: {following}"
     assert "exp(w)" not in answer.out or words[0] == "scd"
     assert "not finite; the means" not in answer.out
-    again = osmose(*VERB, *words, *FEW)
-    assert again == answer
+
+
+@pytest.mark.usefixtures("runs")
+def test_measuring_again_replaces_the_files(osmose):
+    first, again = (osmose(*VERB, "points", *FEW, "--seed", 1) for _ in range(2))
+    assert first == again
+    assert json.loads(Path("points/tangents/tangents.json").read_text())["seed"] == 1
+    assert sorted(path.name for path in Path("points/tangents").iterdir()) == ["tangents.json", "tangents.png"]
 
 
 @pytest.mark.usefixtures("runs")

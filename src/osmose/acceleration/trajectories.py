@@ -556,17 +556,31 @@ def write_picture(trajectories: Trajectories, spec: DataSpec) -> Path:
         trajectories: what to draw.
         spec: of the teacher's data, which have a picture (`data.pictures.has_picture`).
     """
-    count = min(len(trajectories), _ROWS if spec.kind == "image" else _ENDS)
-    found, _ = trajectories.rows(torch.arange(count))
-    clean = len(trajectories.levels) - 1
-    size = [math.hypot(level.alpha, level.sigma) for level in trajectories.levels[:clean]] + [1.0]
-    found = found / torch.tensor(size).view(-1, *(1,) * len(spec.shape))
+    found, _ = trajectories.rows(torch.arange(min(len(trajectories), most_drawn(spec))))
     path = trajectories.folder / "trajectories.png"
+    files.write_bytes(path, picture_of(found, trajectories.levels, spec))
+    return path
+
+
+def most_drawn(spec: DataSpec) -> int:
+    """How many trajectories a picture can show, of images a row each, of points the ends of more than have paths."""
+    return _ROWS if spec.kind == "image" else _ENDS
+
+
+def picture_of(found: Tensor, levels: Sequence[Level[float]], spec: DataSpec) -> bytes:
+    """A PNG of trajectories; states are divided by sqrt(alpha^2 + sigma^2).
+
+    Args:
+        found: at most `most_drawn` of them, model units, shape (n, len(levels), *event).
+        levels: where their states are, the noise first and clean data last.
+        spec: of the data, which have a picture.
+    """
+    size = [math.hypot(level.alpha, level.sigma) for level in levels[:-1]] + [1.0]
+    found = found / torch.tensor(size).view(-1, *(1,) * len(spec.shape))
     draw = _images if spec.kind == "image" else _paths
     buffer = io.BytesIO()
-    draw(found, [level.t for level in trajectories.levels], spec).savefig(buffer, format="png")
-    files.write_bytes(path, buffer.getvalue())
-    return path
+    draw(found, [level.t for level in levels], spec).savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def _images(found: Tensor, times: Sequence[float], spec: DataSpec) -> Any:

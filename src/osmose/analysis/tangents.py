@@ -181,7 +181,7 @@ def tangents(
         condition = labels[rows].to(model.device) if model.config.conditional and labels is not None else None
         draws = StepDraws(seed, k, first, stop, n, model.device).branch("tangents")
         angle = edges[k] + (edges[k + 1] - edges[k]) * draws.stratified()
-        z = model.config.noise.sample(draws, model.spec.shape).to(x0.dtype)
+        z = model.config.noise.sample(draws, model.spec.shape).to(x0.dtype) * sd
         x = column(angle.cos(), x0) * x0 + column(angle.sin(), x0) * z
         if way == "data":
             towards = column(angle.cos(), x0) * z - column(angle.sin(), x0) * x0

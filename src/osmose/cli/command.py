@@ -139,6 +139,18 @@ def sampling_options(overrides: dict[str, Any], **flags: Any) -> dict[str, Any]:
     return said | options
 
 
+def angles(text: str) -> list[float]:
+    """What --t-mid says: 1.1 or 1.1,0.5.
+
+    Raises:
+        UserError: not numbers.
+    """
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"--t-mid: {text!r} is not valid: should be angles in radians, as in 1.1 or 1.1,0.5") from None
+
+
 @contextlib.contextmanager
 def quiet_warnings() -> Iterator[None]:
     """Print warnings as one line each, without the place in the source."""

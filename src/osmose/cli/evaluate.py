@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, Suppress, arg
 
-from osmose.cli.command import Result, quiet_warnings, sampling_options
+from osmose.cli.command import Result, angles, quiet_warnings, sampling_options
 from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
 
@@ -43,6 +43,9 @@ class Evaluate:
     ] = None
     num: Annotated[int | None, arg(aliases=["-n"], help="samples; 2000 if not given, or half the training data")] = None
     solver: Annotated[str | None, arg(help="ancestral, ddim, heun or dpmpp-2m")] = None
+    t_mid: Annotated[
+        str | None, arg(metavar="X[,X,...]", help="angles of a consistency model's steps but the first; 1.1 for two")
+    ] = None
     metrics: Annotated[str | None, arg(metavar="NAME,...", help="only these")] = None
     reference: Annotated[str, arg(help="real data to compare with: train (as papers do) or held-out")] = "train"
     inception_weights: Annotated[Path | None, arg(help="pt_inception-2015-12-05-6726825d.pth, for fid, kid and is")] = (
@@ -95,7 +98,8 @@ class Evaluate:
         run = Run.open(folder)
         model = run.model(device(self.device))
         steps = _numbers(self.steps) if self.steps else self._all_steps(model)
-        ways = [sampling_options(self.overrides, num_steps=number, solver=self.solver) for number in steps]
+        mids = None if self.t_mid is None else angles(self.t_mid)
+        ways = [sampling_options(self.overrides, num_steps=n, solver=self.solver, t_mid=mids) for n in steps]
         for options in ways:
             model.sampling(**options)
         pair = None if self.against is None else Pair(run, model, ways, Run.open(self.against))

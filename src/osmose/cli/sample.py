@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, Suppress, arg
 
-from osmose.cli.command import Result, quiet_warnings, sampling_options
+from osmose.cli.command import Result, angles, quiet_warnings, sampling_options
 from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
 
@@ -24,6 +24,9 @@ class Sample:
     A picture (.png, .jpg, .webp) shows a grid of images or a scatter of points; an .npz holds the array `samples` in
     the data's own units (8-bit images as uint8) and is written batch by batch, however many samples are asked for.
     Further options of the method are set by name: spacing=karras clip=false solver.eta=0.5.
+
+    Of a neural operator (dsno) --trajectory writes whole paths: a .png, or an .npz with `states` (n, times, ...) in the
+    model's units from the noise to the sample, and `t`.
     """
 
     model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder")]
@@ -31,6 +34,10 @@ class Sample:
     out: Annotated[Path, arg(help="where to write: .png, .jpg, .webp or .npz")] = Path("samples.png")
     steps: Annotated[int | None, arg(help="solver steps; the method's own number if not given")] = None
     solver: Annotated[str | None, arg(help="ancestral, ddim, heun or dpmpp-2m")] = None
+    t_mid: Annotated[
+        str | None, arg(metavar="X[,X,...]", help="angles of a consistency model's steps but the first; 1.1 for two")
+    ] = None
+    trajectory: Annotated[bool, arg(help="write whole trajectories (dsno)")] = False
     label: Annotated[
         int | None, arg(help="class of all samples (conditional models); all classes in turn if not given")
     ] = None
@@ -59,8 +66,11 @@ class Sample:
         if self.out.is_dir():
             raise UserError(f"--out: {self.out} is a folder")
         model = Run.open(self.model).model(device(self.device))
-        options = sampling_options(self.overrides, num_steps=self.steps, solver=self.solver)
+        mids = None if self.t_mid is None else angles(self.t_mid)
+        options = sampling_options(self.overrides, num_steps=self.steps, solver=self.solver, t_mid=mids)
         model.sampling(**options)  # refuses before anything is created
+        if self.trajectory:
+            return self._trajectories(model, suffix)
         with quiet_warnings(), sampling_bar("sampling", not (self.quiet or self.json)) as on_step:
             parts = model.stream(
                 self.num, seed=self.seed, condition=self.label, batch_size=self.batch_size, on_step=on_step, **options
@@ -80,3 +90,30 @@ class Sample:
             [f"wrote {self.out}: {self.num} samples, {nfe} network evaluations each, {seconds:.1f} s ({rate})"],
             f"osmose evaluate {self.model}",
         )
+
+    def _trajectories(self, model: Any, suffix: str) -> Result:
+        import numpy as np
+        import torch
+
+        from osmose.acceleration.trajectories import most_drawn, picture_of
+        from osmose.methods.operator import DSNO
+        from osmose.training import files
+
+        if not isinstance(model, DSNO):
+            raise UserError(
+                f"--trajectory: a run of {model.config.kind} gives samples alone; dsno gives whole trajectories, and "
+                "osmose trajectories stores those of a diffusion"
+            )
+        if suffix not in (".npz", ".png"):
+            raise UserError(f"--out: {self.out} is not valid: trajectories are written to .npz or .png")
+        count = self.num if suffix == ".npz" else min(self.num, most_drawn(model.spec))
+        size = {} if self.batch_size is None else {"batch_size": self.batch_size}
+        parts = list(model.trajectories(count, seed=self.seed, condition=self.label, **size))
+        states, levels = torch.cat(parts), model.path_levels
+        if suffix == ".png":
+            files.write_bytes(self.out, picture_of(states, levels, model.spec))
+        else:
+            with files.replacing(self.out) as temporary, temporary.open("wb") as file:
+                np.savez(file, states=states.numpy(), t=np.array([level.t for level in levels]))
+        wrote = f"wrote {self.out}: {count} trajectories of {len(levels)} states"
+        return Result({"out": str(self.out), "n": count, "seed": self.seed}, [wrote], f"osmose evaluate {self.model}")

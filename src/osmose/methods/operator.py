@@ -221,12 +221,13 @@ class DSNO(GenerativeModel):
             own = None if classes is None else classes[first : first + count].to(self.device)
             with torch.inference_mode():
                 x_t = self._noise(SampleDraws(seed, first, count, self.device))
-                yield torch.cat([x_t.unsqueeze(1), self.solve(x_t, own)], 1).cpu()
+                paths = torch.cat([x_t.unsqueeze(1), self.solve(x_t, own)], 1)
+            yield paths.cpu().clone()
 
     @property
-    def times(self) -> list[float]:
-        """Process times of the states of `trajectories`."""
-        return [self._top.t, *(level.t for level in self.levels)]
+    def path_levels(self) -> tuple[Level[float], ...]:
+        """Where the states of `trajectories` are, the noise first and clean data last."""
+        return (self._top, *self.levels)
 
     def _noise(self, draws: Draws) -> Tensor:
         return self.config.noise.sample(draws, self.spec.shape) * self.config.schedule.prior_std

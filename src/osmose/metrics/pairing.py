@@ -22,7 +22,9 @@ from osmose.errors import UserError
 from osmose.gaussian.noise import Noise
 from osmose.gaussian.solvers import DDIM, Ancestral
 from osmose.methods.base import GenerativeModel, OnStep, SamplingConfig
+from osmose.methods.chain import ProcessConfig
 from osmose.methods.diffusion import DiffusionConfig
+from osmose.methods.operator import DSNOConfig
 from osmose.methods.students import DistilledConfig, StudentConfig
 from osmose.metrics.evaluation import Evaluation, Paired, evaluate_run, headline, record
 from osmose.training.run import Run
@@ -161,9 +163,13 @@ def full_sampling(run: Run, against: Run) -> dict[str, Any]:
     """How `against` samples when `run` is held against it: options of its model's `sample`.
 
     The diffusion that students were distilled from, or one on its schedule, samples as they were taught to, whichever
-    phase they are of; any other run as it does by itself.
+    phase they are of, and so does the one that gave a neural operator its trajectories; any other run as it does by
+    itself.
     """
     method, other = run.config.method, against.config.method
+    if isinstance(method, DSNOConfig):
+        alike = isinstance(other, DiffusionConfig) and other.schedule == method.schedule
+        return dict(method.teacher_sampling) if alike else {}
     if not isinstance(method, StudentConfig):
         return {}
     if isinstance(other, DiffusionConfig):
@@ -250,13 +256,13 @@ def _require_same_noise(run: Run, against: Run) -> None:
 def _noise(run: Run) -> Noise:
     """The law of the noise that a run's samples are made from."""
     method = run.config.method
-    diffusion = method.model if isinstance(method, StudentConfig) else method
-    if not isinstance(diffusion, DiffusionConfig):
+    process = method.model if isinstance(method, StudentConfig) else method
+    if not isinstance(process, ProcessConfig):
         raise UserError(
             f"--against: {run.folder} is a run of {method.kind}, whose samples do not come from the noise of a "
             "diffusion; ddpm, iddpm, edm and what is distilled from them can be paired"
         )
-    return diffusion.noise
+    return process.noise
 
 
 def _require_function(run: Run, sampling: SamplingConfig, advice: str) -> None:

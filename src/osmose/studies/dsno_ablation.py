@@ -46,11 +46,11 @@ class DSNOAblation(FewSteps):
         """Updates, and trajectories, of each data set's students."""
         if self.quick:
             return {"checkerboard": (30, 200)}
-        return {"checkerboard": (1000, 8000), "digits": (1000, 8000), "fashion-mnist": (150, 500)}
+        return {"checkerboard": (800, 8000), "digits": (800, 8000), "fashion-mnist": (100, 400)}
 
     def network(self, data: str) -> dict[str, Any]:
         values = super().network(data) | LOW
-        return values | ({"training.steps": 500} if data == "fashion-mnist" else {})
+        return values | ({"training.steps": 400} if data == "fashion-mnist" else {})
 
     def variants(self, data: str) -> dict[str, dict[str, Any]]:
         """What is said of each student."""
@@ -85,7 +85,8 @@ class DSNOAblation(FewSteps):
             return rows
         stored = Trajectories.open(trained.run.folder / "trajectories")
         states, condition = stored.rows(torch.arange(min(_CHECKED, len(stored) // 2)))
-        columns = [min(range(len(stored.levels)), key=lambda i: abs(stored.levels[i].t - t)) for t in model.times[1:]]
+        times = [level.t for level in stored.levels]
+        columns = [min(range(len(times)), key=lambda i: abs(times[i] - own.t)) for own in model.levels]
         with torch.inference_mode():
             off = (model.solve(states[:, 0], condition) - states[:, columns]).flatten(2).square().mean(2)
         more = {"rmse_train": float(off[:, -1].mean().sqrt())}

@@ -102,7 +102,7 @@ class FewSteps(Study):
         for way in ways:
             samples = model.sample(settings["n"], seed=trained.seed, **way)
             score, *more = score_samples(samples.data, trained.dataset, seed=trained.seed, metrics=metrics)
-            scale = _SCALE.get(score.name, 1.0)
+            scale = _SCALE.get(metrics[0], 1.0)
             values = {
                 "score": scale * score.value,
                 "score_real": scale * (score.floor or 0.0),
@@ -115,7 +115,7 @@ class FewSteps(Study):
             labels = {"steps": way["num_steps"]}
             if settings.get("solvers"):
                 labels["solver"] = way["solver"]
-            rows.append(Row(labels, values | {other.name: other.value for other in more}))
+            rows.append(Row(labels, values | {name: own.value for name, own in zip(metrics[1:], more, strict=True)}))
         return rows
 
     def tables(self, results: Results) -> dict[str, list[dict[str, str]]]:

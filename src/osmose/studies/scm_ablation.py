@@ -58,11 +58,11 @@ class SCMAblation(FewSteps):
 
     def budgets(self) -> dict[str, int]:
         """Updates of each data set's students."""
-        return {"checkerboard": 30} if self.quick else {"checkerboard": 800, "digits": 1000, "fashion-mnist": 150}
+        return {"checkerboard": 30} if self.quick else {"checkerboard": 600, "digits": 800, "fashion-mnist": 100}
 
     def network(self, data: str) -> dict[str, Any]:
         values = super().network(data) | LOW
-        return values | ({"training.steps": 500} if data == "fashion-mnist" else {})
+        return values | ({"training.steps": 400} if data == "fashion-mnist" else {})
 
     def changes(self, data: str) -> dict[str, tuple[dict[str, Any], str]]:
         """What is changed on a data set."""
