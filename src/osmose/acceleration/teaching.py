@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from osmose.acceleration.trajectories import Trajectories, TrajectoriesConfig, make
+from osmose.acceleration.trajectories import Trajectories, TrajectoriesConfig, levels_of, make
 from osmose.configuration import override
 from osmose.data.dataset import Dataset
 from osmose.errors import UserError, nearest
@@ -163,11 +163,14 @@ class Teaching:
         """Make a new run folder.
 
         Raises:
-            UserError: something is there already, or trajectories do not fit.
+            UserError: something is there already, or trajectories do not fit, those that are to be made included.
         """
         require_free(Path(folder))
         if trajectories is not None:
             _begin(built(config), denoiser_of(teacher), Trajectories.open(trajectories, teacher))
+        elif isinstance(model := built(config), DSNO):
+            wanted = TrajectoriesConfig.parse(model.config.trajectories)
+            model.columns(levels_of(teacher, wanted), wanted.num)
         return cls(Run.create(folder, config), teacher, trajectories)
 
     @classmethod

@@ -274,6 +274,15 @@ def make(
     return Trajectories.open(folder)
 
 
+def levels_of(run: Run, config: TrajectoriesConfig) -> tuple[Level[float], ...]:
+    """Where the states of trajectories are going to be, the noise first and clean data last.
+
+    Raises:
+        UserError: a run or settings that `make` would refuse.
+    """
+    return _Way.of(run.model(), config).levels
+
+
 def recorded(folder: Path | str) -> TrajectoriesConfig:
     """The settings that a folder was begun with: what it is resumed with.
 

@@ -396,11 +396,14 @@ class SCD(Tangent):
             raise UserError(
                 "scd: has no teacher; a distillation is continued by osmose distill scd RUN --out RUN2 --resume"
             )
-        self._teacher[0].denoiser.to(self.device)
-        return self._teacher[0]
+        teacher = self._teacher[0]
+        if next(teacher.denoiser.parameters()).device != self.device:
+            teacher.denoiser.to(self.device)
+        return teacher
 
     def direction(self, x: Tensor, x0: Tensor, z: Tensor, angle: Tensor, condition: Tensor | None) -> Tensor:  # noqa: ARG002
-        return self.teacher.velocity(x, angle.clamp(self.teacher.lowest, self.teacher.highest), condition)
+        teacher = self.teacher
+        return teacher.velocity(x, angle.clamp(teacher.lowest, teacher.highest), condition)
 
     def bottom(self, angle: Tensor) -> Tensor:
         length = self.start / self.segments

@@ -23,7 +23,7 @@ only ones: with others a network has to be taught anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -135,8 +135,18 @@ class DSNO(GenerativeModel):
         Raises:
             UserError: trajectories that were not stored at the model's times, or fewer than two.
         """
-        stored = [level.t for level in paths.levels]
-        self._columns = []
+        self._columns = self.columns(paths.levels, len(paths))
+        self._paths = [paths]
+        if self.config.warm_start:
+            copy_weights(teacher.network, self.operator.backbone)
+
+    def columns(self, levels: Sequence[Level[float]], count: int) -> list[int]:
+        """Which states of so many trajectories with states at some levels are those of the model's times.
+
+        Raises:
+            UserError: as `begin`.
+        """
+        stored, found = [level.t for level in levels], []
         for level in self.levels:
             near = [index for index, t in enumerate(stored) if abs(t - level.t) < _SAME_TIME]
             if not near:
@@ -144,12 +154,10 @@ class DSNO(GenerativeModel):
                     f"num_times: {self.config.num_times} needs the state at t = {level.t:.6g}, which the trajectories "
                     f"do not have; theirs are {', '.join(f'{t:.4g}' for t in stored)}"
                 )
-            self._columns.append(near[0])
-        if len(paths) < 2:
-            raise UserError(f"trajectories: {len(paths)} is not enough: one at least is held out")
-        self._paths = [paths]
-        if self.config.warm_start:
-            copy_weights(teacher.network, self.operator.backbone)
+            found.append(near[0])
+        if count < 2:
+            raise UserError(f"trajectories: {count} is not enough: one at least is held out")
+        return found
 
     @property
     def paths(self) -> Paths:

@@ -46,7 +46,7 @@ class FewStep(FewSteps):
 
     def budgets(self) -> dict[str, int]:
         """Updates of each data set's students."""
-        return {"checkerboard": 30} if self.quick else {"checkerboard": 1500, "digits": 2000, "fashion-mnist": 160}
+        return {"checkerboard": 30} if self.quick else {"checkerboard": 1500, "digits": 2000, "fashion-mnist": 120}
 
     def network(self, data: str) -> dict[str, Any]:
         values = super().network(data) | LOW
@@ -58,7 +58,7 @@ class FewStep(FewSteps):
 
     def cells(self) -> list[Cell]:
         cells = []
-        num = {"checkerboard": 20_000, "digits": 12_000, "fashion-mnist": 800}
+        num = {"checkerboard": 20_000, "digits": 12_000, "fashion-mnist": 400}
         for data, steps in self.budgets().items():
             recall = {"more": ["rec_raw" if data == "checkerboard" else "rec_clf"]}
             solvers = {name: self.counts(data, counts) for name, counts in _SOLVERS.items()}

@@ -104,12 +104,13 @@ def tasks_of(
 
 
 def _from_run(cell: Cell, teacher: Task, dataset: Dataset, seed: int) -> Plan | RunConfig:
-    """What a cell makes of another one's run; the hash of that is put in when it begins."""
+    """What a cell makes of another one's run, as in `_config`; the hash of that is put in when it begins."""
     assert cell.method is not None
     assert teacher.config is not None, "cells that use others are checked to use runs"
     known = teacher.config.result() if isinstance(teacher.config, Plan) else teacher.config
     said = {f"training.{name}": _NEVER for name in ("validate_every", "preview_every")}
-    said |= {"training.preview_samples": 1, "training.keep_checkpoints": 1, "seed": seed, **cell.changes}
+    said |= {"training.precision": "fp32", "training.preview_samples": 1, "training.keep_checkpoints": 1}
+    said |= {"seed": seed, **cell.changes}
     parent = Parent(folder=teacher.run_folder.name, sha256="")
     try:
         if cell.method in (*TAUGHT, *CONTINUED):

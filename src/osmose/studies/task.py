@@ -69,7 +69,8 @@ class Task:
         held = files.read_json(path)
         # Of a teacher that is not there yet, it is asked again once it is.
         here = self.cell.starts_from and (self.uses[0].run_folder / "model.safetensors").is_file()
-        other = here and held["teacher" if planned else "parent"]["sha256"] != self.teacher().hash()
+        parent = held["teacher" if planned else "parent"] or {}  # none, where the cell once began by itself
+        other = here and parent.get("sha256") != self.teacher().hash()
         return other or _what(held) != _what(self.config.to_json())
 
     def teacher(self) -> Run:
