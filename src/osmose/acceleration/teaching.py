@@ -111,7 +111,7 @@ def taught_config(
     values |= {name: value for name, value in origin.to_json().items() if name in _SAME}
     if issubclass(cls, TangentConfig) and values["network"].get("time_frequency", 0.0) > _LOW:
         values["network"]["time_frequency"] = _LOW
-    values["parametrization"] = _head(origin, cls, data_std)
+    values["parametrization"] = _head(origin, cls, data_std, ours.get("parametrization"))
     if method == "dsno":
         values |= _trajectories(origin, ours, {n: v for n, v in changes.items() if n.startswith(_PREFIX)}, teacher)
     elif any(name.startswith(_PREFIX) for name in changes):

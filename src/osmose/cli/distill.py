@@ -196,7 +196,7 @@ class _Single(_Distill):
     lr: Annotated[float | None, arg(help="learning rate after warm-up")] = None
 
     def _own(self) -> dict[str, Any]:
-        return {"steps": self.steps, "lr": self.lr}
+        return {"training.steps": self.steps, "training.lr": self.lr}
 
     def _made(self, distillation: Teaching, before: bool) -> Result:
         run = distillation.made

@@ -89,6 +89,8 @@ class Info:
         return Result(values, lines, f"osmose train ddpm --data DATA --out RUN --network {name}{words}")
 
     def _run(self, folder: Path) -> Result:
+        from osmose.methods.consistency import SCD
+        from osmose.methods.operator import DSNO
         from osmose.methods.time_distillation import TimeDistillation
         from osmose.metrics.evaluation import headline, read_evaluations
         from osmose.training.checkpoint import Checkpoints
@@ -99,6 +101,10 @@ class Info:
         model = run.model() if run.weights.is_file() else config.method.build(config.spec)
         if isinstance(model, TimeDistillation):
             model.begin(model.learner)  # any network of its kind costs what the teacher did
+        elif isinstance(model, SCD):
+            model.begin(model.denoiser)
+        elif isinstance(model, DSNO):
+            model.learn_from(_Noise(model))  # and so do any trajectories
         cost, costs = _cost(model, config.training)
         evaluations = read_evaluations(run)
         checkpoints = Checkpoints(run, config.training.keep_checkpoints).all()

@@ -9,7 +9,7 @@ import torch
 
 from osmose.acceleration.trajectories import Trajectories
 from osmose.methods.operator import DSNO
-from osmose.studies.few_step import LOW
+from osmose.studies.few_step import told_slowly
 from osmose.studies.few_steps import FewSteps
 from osmose.studies.plots import draw, log_scale, panels
 from osmose.studies.study import Cell, Claim, Results, Row, Trained
@@ -46,11 +46,10 @@ class DSNOAblation(FewSteps):
         """Updates, and trajectories, of each data set's students."""
         if self.quick:
             return {"checkerboard": (30, 200)}
-        return {"checkerboard": (800, 8000), "digits": (800, 8000), "fashion-mnist": (100, 400)}
+        return {"checkerboard": (800, 8000), "digits": (800, 8000), "fashion-mnist": (100, 300)}
 
     def network(self, data: str) -> dict[str, Any]:
-        values = super().network(data) | LOW
-        return values | ({"training.steps": 400} if data == "fashion-mnist" else {})
+        return told_slowly(super().network(data))
 
     def variants(self, data: str) -> dict[str, dict[str, Any]]:
         """What is said of each student."""

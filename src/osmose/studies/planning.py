@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache, lru_cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -108,7 +109,7 @@ def _from_run(cell: Cell, teacher: Task, dataset: Dataset, seed: int) -> Plan | 
     assert cell.method is not None
     assert teacher.config is not None, "cells that use others are checked to use runs"
     known = teacher.config.result() if isinstance(teacher.config, Plan) else teacher.config
-    said = {f"training.{name}": _NEVER for name in ("validate_every", "preview_every")}
+    said: dict[str, Any] = {f"training.{name}": _NEVER for name in ("validate_every", "preview_every")}
     said |= {"training.precision": "fp32", "training.preview_samples": 1, "training.keep_checkpoints": 1}
     said |= {"seed": seed, **cell.changes}
     parent = Parent(folder=teacher.run_folder.name, sha256="")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from osmose.metrics.evaluate import score_samples
-from osmose.studies.few_step import LOW
+from osmose.studies.few_step import LOW, told_slowly
 from osmose.studies.few_steps import FewSteps
 from osmose.studies.plots import panels
 from osmose.studies.study import Cell, Claim, Results, Row, Trained
@@ -28,8 +28,11 @@ _CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "rms": ({"norm": "rms"}, "normalised by the RMS instead of the L2 norm"),
     "finite-diff": ({"jvp": "finite-diff"}, "derivative from a central difference"),
 }
-#: Of these, the ones that the largest data are used for.
-_LARGE = ("scd", "raw", "raw-bare")
+#: Of these, the ones that other data than the digits are used for.
+_SOME = {
+    "checkerboard": ("scd", "clip", "raw", "no-weight", "no-warmup", "raw-bare"),
+    "fashion-mnist": ("scd", "raw", "raw-bare"),
+}
 #: Frequencies of the time embedding: low, that of Fourier features of scale 16, DDPM's.
 FREQUENCIES = {"fourier-16": 0.16, "ddpm": 1.0}
 
@@ -61,41 +64,46 @@ class SCMAblation(FewSteps):
         return {"checkerboard": 30} if self.quick else {"checkerboard": 600, "digits": 800, "fashion-mnist": 100}
 
     def network(self, data: str) -> dict[str, Any]:
-        values = super().network(data) | LOW
-        return values | ({"training.steps": 400} if data == "fashion-mnist" else {})
+        return told_slowly(super().network(data))
 
     def changes(self, data: str) -> dict[str, tuple[dict[str, Any], str]]:
         """What is changed on a data set."""
-        if self.quick or data == "fashion-mnist":
-            return {name: _CHANGES[name] for name in (("scd", "raw-bare") if self.quick else _LARGE)}
-        return _CHANGES
+        if self.quick:
+            return {name: _CHANGES[name] for name in ("scd", "raw-bare")}
+        return {name: _CHANGES[name] for name in _CHANGES if data == "digits" or name in _SOME[data]}
+
+    def frequencies(self, data: str) -> dict[str, float]:
+        """Teachers that are told the time otherwise, on a data set."""
+        if data == "fashion-mnist":
+            return {}
+        return FREQUENCIES if data == "digits" else {"ddpm": FREQUENCIES["ddpm"]}
 
     def cells(self) -> list[Cell]:
         cells = []
         for data, steps in self.budgets().items():
-            large = data == "fashion-mnist"
             cells.append(self.teacher(data, (1, 2, self.full)))
             for name, (changes, note) in self.changes(data).items():
                 cells.append(self.student(data, name, "scd", changes | {"steps": steps}, (1, 2), note))
-            frequencies = {"ddpm": FREQUENCIES["ddpm"]} if self.quick or large else FREQUENCIES
-            for name, frequency in frequencies.items():
+            for name, frequency in self.frequencies(data).items():
                 cells += self._embedded(data, name, {"network.time_frequency": frequency}, steps)
-            used = ("teacher-ddpm",)
-            said = {"steps": steps, "network.time_frequency": LOW["network.time_frequency"]}
-            cells.append(
-                self.student(data, "lowered", "scd", said, (1, 2), "low frequencies in the student alone", *used)
-            )
-            if self.quick or large:
-                continue
-            cells += self._embedded(data, "double-norm", {"network.modulation": "double-norm"}, steps)
-            for count in (2, 4):
-                cut: dict[str, Any] = {"steps": steps, "segments": count}
-                cells.append(self.student(data, f"segments-{count}", "scd", cut, (count,), f"{count} segments"))
-            cells.append(self.student(data, "sct", "sct", {"steps": steps}, (1, 2), "from data, warm"))
-            alike = {"schedule": "trig", "parametrization": "v", "network.modulation": "add"} | self.network(data)
-            alike |= {"training.steps": steps, "training.lr": 1e-3}
-            cells.append(self._cell(data, "sct-cold", "sct", alike, (1, 2), "from data, cold"))
+            if "ddpm" in self.frequencies(data):
+                said = {"steps": steps, **LOW}
+                note = "low frequencies in the student alone"
+                cells.append(self.student(data, "lowered", "scd", said, (1, 2), note, "teacher-ddpm"))
+            if data == "digits":
+                cells += self._more(data, steps)
         return cells
+
+    def _more(self, data: str, steps: int) -> list[Cell]:
+        """What only one data set is used for."""
+        cells = self._embedded(data, "double-norm", {"network.modulation": "double-norm"}, steps)
+        for count in (2, 4):
+            said: dict[str, Any] = {"steps": steps, "segments": count}
+            cells.append(self.student(data, f"segments-{count}", "scd", said, (count,), f"{count} segments"))
+        cells.append(self.student(data, "sct", "sct", {"steps": steps}, (1, 2), "from data, warm"))
+        alike = {"schedule": "trig", "parametrization": "v", "network.modulation": "add"} | self.network(data)
+        alike |= {"training.steps": steps, "training.lr": 1e-3}
+        return [*cells, self._cell(data, "sct-cold", "sct", alike, (1, 2), "from data, cold")]
 
     def _embedded(self, data: str, name: str, changes: dict[str, Any], steps: int) -> list[Cell]:
         """A teacher whose network is told the time in another way, and a student with the same network."""
@@ -118,25 +126,22 @@ class SCMAblation(FewSteps):
 
     def claims(self) -> list[Claim]:
         claims = []
+
+        def beats(data: str, words: str, a: str, b: str, steps: int = 1) -> None:
+            text = f"{data}, {steps} step{'s' if steps > 1 else ''}: {words}"
+            claims.append(Claim.lower(text, f"{data}-{a}", f"{data}-{b}", "score", steps=steps))
+
         for data in self.budgets():
-            changes = [name for name in self.changes(data) if name != "scd"]
-            others = ["lowered", "ddpm"] if data == "fashion-mnist" or self.quick else ["lowered", *FREQUENCIES]
-            for name in [*changes, *(name for name in others if name != "lowered")]:
-                text = f"{data}, 1 step: sCD as it is beats {name}"
-                claims.append(Claim.lower(text, f"{data}-scd", f"{data}-{name}", "score", steps=1))
-            text = f"{data}, 1 step: low frequencies in the student alone rescue a teacher with DDPM's"
-            claims.append(Claim.lower(text, f"{data}-lowered", f"{data}-ddpm", "score", steps=1))
-            claims.append(_no_loss(data, self.full))
-            if data != "fashion-mnist" and not self.quick:
-                more = [
-                    ("adaptive double normalisation beats adding the time", "double-norm", "scd"),
-                    ("the teacher's weights are a better beginning for sCT than none", "sct", "sct-cold"),
-                ]
-                for words, a, b in more:
-                    text = f"{data}, 1 step: {words}"
-                    claims.append(Claim.lower(text, f"{data}-{a}", f"{data}-{b}", "score", steps=1))
-                text = f"{data}, 2 steps: two segments beat noising again"
-                claims.append(Claim.lower(text, f"{data}-segments-2", f"{data}-scd", "score", steps=2))
+            for name in (*self.changes(data), *self.frequencies(data)):
+                if name != "scd":
+                    beats(data, f"sCD as it is beats {name}", "scd", name)
+            if "ddpm" in self.frequencies(data):
+                beats(data, "low frequencies in the student alone rescue a teacher with DDPM's", "lowered", "ddpm")
+                claims.append(_no_loss(data, self.full))
+            if data == "digits":
+                beats(data, "adaptive double normalisation beats adding the time", "double-norm", "scd")
+                beats(data, "the teacher's weights are a better beginning for sCT than none", "sct", "sct-cold")
+                beats(data, "two segments beat noising again", "segments-2", "scd", 2)
         return claims
 
     def figures(self, results: Results) -> dict[str, Figure]:

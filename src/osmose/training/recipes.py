@@ -12,7 +12,7 @@ import torch
 from osmose.configuration import override
 from osmose.data.dataset import DataConfig, Dataset, DataSpec
 from osmose.errors import UserError
-from osmose.methods import METHODS
+from osmose.methods import METHODS, TAUGHT
 from osmose.training.config import RunConfig, TrainingConfig
 from osmose.training.progress import Progress
 from osmose.training.run import Run
@@ -33,6 +33,9 @@ def recipe(method: str, data: DataConfig, dataset: Dataset, seed: int, changes: 
     Raises:
         UserError: a name or a value that is refused; the message says what would be right.
     """
+    if method in TAUGHT:
+        command = f"osmose distill {method} RUN --out RUN2"
+        raise UserError(f"{method}: is distilled from a trained run, not trained; use {command}")
     cls = METHODS.resolve(method)
     # Complete, so that an override may reach into a part that the recipe does not mention (schedule.num_steps=500).
     values = cls.parse(cls.recipe(dataset.spec, spread(dataset))).to_json()
