@@ -111,7 +111,7 @@ def taught_config(
     values |= {name: value for name, value in origin.to_json().items() if name in _SAME}
     if issubclass(cls, TangentConfig) and values["network"].get("time_frequency", 0.0) > _LOW:
         values["network"]["time_frequency"] = _LOW
-    values["parametrization"] = _head(origin, cls, data_std, ours.get("parametrization"))
+    values["parametrization"] = _head(origin, cls, data_std, ours)
     if method == "dsno":
         values |= _trajectories(origin, ours, {n: v for n, v in changes.items() if n.startswith(_PREFIX)}, teacher)
     elif any(name.startswith(_PREFIX) for name in changes):
@@ -122,12 +122,14 @@ def taught_config(
     return checked(RunConfig.parse(teacher.to_json() | made))
 
 
-def _head(origin: ProcessConfig, cls: type, data_std: float) -> dict[str, Any]:
+def _head(origin: ProcessConfig, cls: type, data_std: float, ours: Mapping[str, Any]) -> dict[str, Any]:
     """The teacher's own parametrization where the method can have it, so that its weights mean the same; else EDM's."""
+    said = ours.get("parametrization", ours.get("parametrization.kind"))
     own = origin.parametrization
     preserving = origin.schedule.kind in ("linear", "cosine", "trig")
     bounded = own.kind == "edm" or (own.kind == "v" and preserving)
-    if bounded or (not issubclass(cls, ConsistencyConfig) and own.kind != "eps"):
+    kept = bounded or (not issubclass(cls, ConsistencyConfig) and own.kind != "eps")
+    if kept and not (said == "edm" != own.kind):
         return own.to_json()
     return {"kind": "edm", "sigma_data": round(data_std, 3)}
 

@@ -16,6 +16,9 @@ from osmose.networks import NETWORKS
 from osmose.networks.presets import EVENTS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from osmose.methods.operator import DSNO
     from osmose.training.config import RunConfig
 
 
@@ -89,6 +92,7 @@ class Info:
         return Result(values, lines, f"osmose train ddpm --data DATA --out RUN --network {name}{words}")
 
     def _run(self, folder: Path) -> Result:
+        from osmose.gaussian.denoiser import NetworkDenoiser
         from osmose.methods.consistency import SCD
         from osmose.methods.operator import DSNO
         from osmose.methods.time_distillation import TimeDistillation
@@ -104,7 +108,8 @@ class Info:
         elif isinstance(model, SCD):
             model.begin(model.denoiser)
         elif isinstance(model, DSNO):
-            model.learn_from(_Noise(model))  # and so do any trajectories
+            own = NetworkDenoiser(model.operator.backbone, model.config.schedule, model.config.parametrization)
+            model.begin(own, _Noise(model))  # and so do any trajectories
         cost, costs = _cost(model, config.training)
         evaluations = read_evaluations(run)
         checkpoints = Checkpoints(run, config.training.keep_checkpoints).all()
@@ -161,6 +166,22 @@ class Info:
             lines,
             f"osmose train ddpm --data {source} --out RUN",
         )
+
+
+class _Noise:
+    """Trajectories of nothing for an operator: what it costs to learn from them is the same."""
+
+    def __init__(self, model: DSNO):
+        self.levels, self._model = model.path_levels, model
+
+    def __len__(self) -> int:
+        return 2
+
+    def rows(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        import torch
+
+        states = torch.zeros(len(indices), len(self.levels), *self._model.spec.shape)
+        return states, torch.zeros_like(indices) if self._model.config.conditional else None
 
 
 def _trained(config: RunConfig, step: int) -> str:

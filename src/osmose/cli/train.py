@@ -184,7 +184,8 @@ class Train:
 
         if self.threads:
             torch.set_num_threads(self.threads)
-        trainer = Trainer(run, dataset, progress=Progress(show=not (self.quiet or self.json)))
+        with quiet_warnings():
+            trainer = Trainer(run, dataset, progress=Progress(show=not (self.quiet or self.json)))
         began = trainer.step if trainer.checkpoints.all() else None
         again = f"osmose train --out {run.folder} --resume"
         try:

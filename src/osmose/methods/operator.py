@@ -90,6 +90,10 @@ class DSNOConfig(ProcessConfig):
             raise ConfigError("parametrization", "'eps' cannot give x0 from pure noise; use v, x0 or edm")
         return self
 
+    @classmethod
+    def training_recipe(cls, spec: DataSpec) -> dict[str, Any]:  # noqa: ARG003
+        return {"precision": "fp32", "lr": 1e-3}
+
     def build(self, spec: DataSpec) -> DSNO:
         return DSNO(self, spec)
 
