@@ -22,8 +22,9 @@ from osmose.gaussian.denoiser import NetworkDenoiser
 from osmose.methods import METHODS, TAUGHT
 from osmose.methods.base import GenerativeModel
 from osmose.methods.chain import ChainModel, ProcessConfig
-from osmose.methods.consistency import Consistency, ConsistencyConfig, TangentConfig
+from osmose.methods.consistency import LOW_FREQUENCY, Consistency, ConsistencyConfig, TangentConfig
 from osmose.methods.operator import DSNO
+from osmose.methods.students import StudentConfig, Students
 from osmose.training.config import Parent, RunConfig, TrainingConfig
 from osmose.training.progress import Progress, sampling_bar
 from osmose.training.recipes import checked, spread, training_for
@@ -32,8 +33,8 @@ from osmose.training.trainer import Trainer, built
 
 #: What the methods take over from the run that they begin with; a head may be changed.
 _SAME = ("network", "schedule", "noise", "conditional")
-#: What of the network may change besides, and the most that suits what is differentiated in time.
-_FREQUENCY, _LOW = "network.time_frequency", 0.02
+#: What of the network may change besides.
+_FREQUENCY = "network.time_frequency"
 #: How many trajectories are made where nothing is said, and what of them can be said.
 _NUM = 4000
 _PREFIX = "trajectories."
@@ -87,6 +88,8 @@ def taught_config(
         UserError: anything that is refused; the message names the field.
     """
     origin = teacher.method
+    if method == "dsno" and isinstance(origin, StudentConfig):
+        origin = origin.model
     if not isinstance(origin, ProcessConfig) or origin.kind == "dsno":
         raise UserError(f"{origin.kind}: is no diffusion that {method} can begin with; ddpm, iddpm and edm are")
     if method in TAUGHT and isinstance(origin, ConsistencyConfig):
@@ -109,8 +112,8 @@ def taught_config(
     steps = whole["steps"] if isinstance(whole["steps"], int) else 1
     values = cls.recipe(teacher.spec, data_std) | cls.length_recipe(steps)
     values |= {name: value for name, value in origin.to_json().items() if name in _SAME}
-    if issubclass(cls, TangentConfig) and values["network"].get("time_frequency", 0.0) > _LOW:
-        values["network"]["time_frequency"] = _LOW
+    if issubclass(cls, TangentConfig) and values["network"].get("time_frequency", 0.0) > LOW_FREQUENCY:
+        values["network"]["time_frequency"] = LOW_FREQUENCY
     values["parametrization"] = _head(origin, cls, data_std, ours)
     if method == "dsno":
         values |= _trajectories(origin, ours, {n: v for n, v in changes.items() if n.startswith(_PREFIX)}, teacher)
@@ -119,7 +122,10 @@ def taught_config(
     values["kind"] = method
     made: dict[str, Any] = {"method": override(values, ours), "training": whole, "seed": said.get("seed", 0)}
     made |= {"versions": {}, "parent": parent.to_json()}
-    return checked(RunConfig.parse(teacher.to_json() | made))
+    try:
+        return checked(RunConfig.parse(teacher.to_json() | made))
+    except UserError as error:  # what the file calls method.warmup is warmup in what is said
+        raise UserError(str(error).removeprefix("method.")) from None
 
 
 def _head(origin: ProcessConfig, cls: type, data_std: float, ours: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,6 +147,8 @@ def _trajectories(
     given: dict[str, Any] = {"num": _NUM, "grid": ours.get("grid", "quadratic")}
     given |= {name.removeprefix(_PREFIX): value for name, value in said.items()}
     config = TrajectoriesConfig.suited(teacher, **given)
+    if isinstance(teacher.method, StudentConfig):
+        return {"trajectories": config.to_json(), "teacher_sampling": {"num_steps": config.num_steps}}
     spacing = "even" if origin.schedule.native_steps is None else "trailing"
     solver = {"kind": "ddim", "eta": 0.0} if config.solver == "ddim" else {"kind": "heun"}
     full = {"num_steps": config.num_steps, "spacing": spacing, "solver": solver, "clip": config.clip}
@@ -214,7 +222,7 @@ class Teaching:
             DivergedError: the loss is not finite.
             UserError: other data, or a full disk.
         """
-        return self.trainer(dataset, progress).fit()
+        return self.finished or self.trainer(dataset, progress).fit()
 
     def trainer(self, dataset: Dataset, progress: bool = True) -> Trainer:
         """The training, ready to begin or to go on; weights that are taken over are in a checkpoint of the run then.
@@ -239,6 +247,10 @@ class Teaching:
             if self.trajectories != self.run.folder / "trajectories":
                 raise
             resume = (self.trajectories / "trajectories.json").is_file()
+            if not resume and any((self.run.folder / "checkpoints").glob("step_*")):
+                raise UserError(
+                    f"trajectories: those that {self.run.folder} was begun with lie elsewhere; name their folder"
+                ) from None
             with sampling_bar("trajectories", progress) as on_step:
                 return make(self.teacher, self.trajectories, wanted, resume=resume, on_step=on_step)
         if found.config != wanted:
@@ -272,12 +284,14 @@ def _begin(model: GenerativeModel, denoiser: NetworkDenoiser, paths: Trajectorie
 
 
 def denoiser_of(run: Run) -> NetworkDenoiser:
-    """What a diffusion or a consistency model denoises with.
+    """What a diffusion or a consistency model denoises with, or of students that with the most steps.
 
     Raises:
         UserError: a run without weights, or of another method.
     """
     model = run.model()
+    if isinstance(model, Students):
+        return model.student(max(model.grids))
     if not isinstance(model, ChainModel | Consistency):
         raise UserError(f"{run.folder}: a run of {run.config.method.kind} has no denoiser")
     return model.denoiser

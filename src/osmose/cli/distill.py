@@ -203,7 +203,7 @@ class _Single(_Distill):
         seconds = sum(line.get("seconds", 0.0) for line in run.metrics())
         first = distillation.data_seconds()
         values = {"run": str(self.out), "finished": True, "seconds": round(seconds, 2), "data_seconds": round(first, 2)}
-        made = f", after {first:.0f} s for its trajectories" if first else ""
+        made = f"; its trajectories took {first:.0f} s" if first else ""
         line = f"wrote {self.out}: {run.config.training.steps} steps in {seconds:.0f} s{made}"
         if before:
             line = f"{self.out} is finished already"

@@ -135,7 +135,8 @@ class Train:
             raise UserError(f"--init: {self.method} does not begin with another run; {' and '.join(CONTINUED)} do")
         for name in changes:
             if name.startswith("data.") and name != "data.root":
-                raise UserError(f"{name.removeprefix('data.')}: given, but the data are those of --init {init}")
+                flag = "data" if name == "data.source" else name.removeprefix("data.").replace("_", "-")
+                raise UserError(f"--{flag}: given, but the data are those of --init {init}")
         root = changes.pop("data.root", None)
         with quiet_warnings():
             teaching, dataset = prepared(Run.open(init), out, self.method, changes, root)
@@ -146,11 +147,9 @@ class Train:
         from osmose.training.run import Run
 
         run = Run.open(out)
-        if run.config.parent is not None and not any((out / "checkpoints").glob("step_*")):
-            raise UserError(
-                f"{out}: stopped before it had the weights of {run.config.parent.folder!r}; delete it and start again"
-            )
-        kind = run.config.method.kind
+        kind, parent = run.config.method.kind, run.config.parent
+        if kind in CONTINUED and parent is not None and not any((out / "checkpoints").glob("step_*")):
+            raise UserError(f"{out}: stopped before it had the weights of {parent.folder!r}; delete it and start again")
         if self.method not in (None, kind):
             raise UserError(f"METHOD: {self.method!r} given, but {out} was started with {kind!r}; resume without it")
         changes = {

@@ -158,6 +158,11 @@ class GenerativeModel(nn.Module, ABC):
     idle_parameters: ClassVar[bool] = False
     most: int | None = None
 
+    @property
+    def not_compiled(self) -> str | None:
+        """Why its networks cannot be compiled, and what could be done; None where they can."""
+        return None
+
     def __init__(self, config: MethodConfig, spec: DataSpec):
         super().__init__()
         if config.conditional and not spec.num_classes:

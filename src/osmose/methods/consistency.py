@@ -64,6 +64,8 @@ from osmose.networks.presets import network_for
 
 #: EDM's largest noise, for data of deviation 0.5: where sampling begins, if the schedule goes further.
 _SIGMA_MAX = 80.0
+#: A frequency of the time embedding (`networks.base`) that suits what is differentiated in time.
+LOW_FREQUENCY = 0.02
 #: The second angle of two-step sampling.
 _T_MID = 1.1
 #: Features of the angle that the learned weight is a linear function of, and their highest frequency.
@@ -107,7 +109,7 @@ class ConsistencyConfig(ProcessConfig, ABC):
 
     @classmethod
     def recipe(cls, spec: DataSpec, data_std: float) -> dict[str, Any]:
-        network = network_for(spec.shape) | {"modulation": "double-norm", "time_frequency": 0.01}
+        network = network_for(spec.shape) | {"modulation": "double-norm", "time_frequency": LOW_FREQUENCY}
         return {
             "network": network,
             "parametrization": {"kind": "edm", "sigma_data": round(data_std, 3)},
@@ -137,7 +139,7 @@ class TangentConfig(ConsistencyConfig, ABC):
 
     @classmethod
     def length_recipe(cls, steps: int) -> dict[str, Any]:
-        return {"warmup": steps // 5}
+        return {"warmup": max(0, steps // 5)}
 
 
 class SCDConfig(TangentConfig):
@@ -242,7 +244,7 @@ class Consistency(GenerativeModel):
         if mids is None:
             mids = tuple(_T_MID * (1 - step / (count - 1)) for step in range(count - 1))
         if len(mids) != count - 1:
-            raise UserError(f"t_mid: {len(mids)} angles given for {count} steps; each step but the first has one")
+            raise UserError(f"t_mid: {len(mids)} given for num_steps={count}; each step but the first has one angle")
         if any(not low < high for high, low in zip((self.start, *mids), (*mids, 0.0), strict=True)):
             raise UserError(
                 f"t_mid: {list(mids)} is not valid: angles have to fall from below {self.start:.4f} to above 0"
@@ -301,6 +303,16 @@ class Tangent(Consistency):
         if config.jvp == "forward":  # before training, not after
             self._require_forward_derivative()
 
+    def prepare(self, items: Iterable[Batch]) -> None:
+        super().prepare(items)
+        frequency = getattr(self.config.network, "time_frequency", 0.0)
+        if frequency > 10 * LOW_FREQUENCY:
+            warnings.warn(
+                f"network.time_frequency: {frequency:g} makes the derivative in time large, and few-step samples bad; "
+                f"use {LOW_FREQUENCY:g}",
+                stacklevel=2,
+            )
+
     @abstractmethod
     def direction(self, x: Tensor, x0: Tensor, z: Tensor, angle: Tensor, condition: Tensor | None) -> Tensor:
         """dx/dt, shape of x."""
@@ -308,6 +320,12 @@ class Tangent(Consistency):
     def bottom(self, angle: Tensor) -> Tensor:
         """The angle that f leads to from others, float64 (B,)."""
         return torch.zeros_like(angle)
+
+    @property
+    def not_compiled(self) -> str | None:
+        if self.config.jvp == "finite-diff":
+            return None
+        return "torch does not compile what is differentiated in forward mode; use jvp=finite-diff, or false"
 
     @property
     def share(self) -> float:

@@ -23,6 +23,7 @@ from osmose.gaussian.noise import Noise
 from osmose.gaussian.solvers import DDIM, Ancestral
 from osmose.methods.base import GenerativeModel, OnStep, SamplingConfig
 from osmose.methods.chain import ProcessConfig
+from osmose.methods.consistency import ConsistencyConfig
 from osmose.methods.diffusion import DiffusionConfig
 from osmose.methods.operator import DSNOConfig
 from osmose.methods.students import DistilledConfig, StudentConfig
@@ -154,7 +155,12 @@ class Result:
                 f"{1000 * row['seconds_per_sample']:.3g}",
             )
         real = [] if score.floor is None else [f"{self.metric} of real data: {score.floor:.4g}"]
-        table.caption = "\n".join([*real, "RMSE in the model's units", *(score.note or "").splitlines()])
+        notes = [*real, "RMSE in the model's units", *(score.note or "").splitlines()]
+        if isinstance(self.rows[0].run.config.method, ConsistencyConfig) and any(
+            row.evaluation.nfe > 1 for row in self.rows
+        ):
+            notes.append("with more than one step a consistency model draws further noise")
+        table.caption = "\n".join(notes)
         table.caption_justify = "left"
         return table
 
@@ -168,7 +174,8 @@ def full_sampling(run: Run, against: Run) -> dict[str, Any]:
     """
     method, other = run.config.method, against.config.method
     if isinstance(method, DSNOConfig):
-        alike = isinstance(other, DiffusionConfig) and other.schedule == method.schedule
+        theirs = other.model if isinstance(other, StudentConfig) else other
+        alike = isinstance(theirs, DiffusionConfig) and theirs.schedule == method.schedule
         return dict(method.teacher_sampling) if alike else {}
     if not isinstance(method, StudentConfig):
         return {}

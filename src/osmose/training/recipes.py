@@ -33,10 +33,11 @@ def recipe(method: str, data: DataConfig, dataset: Dataset, seed: int, changes: 
     Raises:
         UserError: a name or a value that is refused; the message says what would be right.
     """
-    if method in TAUGHT:
-        command = f"osmose distill {method} RUN --out RUN2"
-        raise UserError(f"{method}: is distilled from a trained run, not trained; use {command}")
     cls = METHODS.resolve(method)
+    if method in TAUGHT:
+        raise UserError(
+            f"{method}: is distilled from a trained run, not trained; use osmose distill {method} RUN --out RUN2"
+        )
     # Complete, so that an override may reach into a part that the recipe does not mention (schedule.num_steps=500).
     values = cls.parse(cls.recipe(dataset.spec, spread(dataset))).to_json()
     suited = cls.training_recipe(dataset.spec)
@@ -136,6 +137,8 @@ def checked(config: RunConfig) -> RunConfig:
         raise UserError(f"training.flip: true mirrors images, and these data are {config.spec.kind}")
     with torch.random.fork_rng(devices=[]):
         model = config.method.build(config.spec)
+    if config.training.compile and (why := model.not_compiled):
+        raise UserError(f"training.compile: true given, but {why}")
     steps, trains = config.training.steps, any(parameter.requires_grad for parameter in model.parameters())
     if trains and not steps:
         raise UserError("training.steps: 0 is not valid: must be at least 1")
