@@ -42,8 +42,8 @@ class SCMAblation(FewSteps):
     of 1000), time added in each block. `double-norm` has adaptive double normalisation instead, in teacher and student.
     `ddpm` has a teacher whose time embedding has DDPM's frequencies, and so has the student; `lowered` is a student of
     that teacher with low frequencies and all other weights of the teacher, which is what `osmose distill scd` does by
-    itself. `segments-2` and `segments-4` lead to the ends of so many segments. `sct` and `sct-cold` learn from the data,
-    with the teacher's weights to begin with, and without.
+    itself. `segments-2` and `segments-4` lead to the ends of so many segments. `sct` and `sct-cold` learn from the
+    data, with the teacher's weights to begin with, and without.
 
     A seed has `diverged` if its one-step score is worse than that of the teacher's own single step. Gradients are
     clipped at norm 1 throughout, which keeps what diverges finite.
