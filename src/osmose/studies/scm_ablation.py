@@ -51,7 +51,7 @@ class SCMAblation(FewSteps):
 
     title = "What stabilises a consistency model in continuous time?"
     source = "sCM (arXiv 2410.11081): ablations on CIFAR-10 and ImageNet-64, in figures alone"
-    full: ClassVar[int] = 256
+    full: ClassVar[int] = 64
     shown: ClassVar[tuple[str, ...]] = ("diverged",)
 
     def budgets(self) -> dict[str, int]:
