@@ -341,11 +341,13 @@ def test_it_begins_with_the_weights_of_its_teacher():
 def test_trajectories_that_do_not_fit_are_refused():
     model = build(num_times=3)
     teacher = NetworkDenoiser(TINY.build((2,)), model.config.schedule, model.config.parametrization)
-    with pytest.raises(UserError, match=r"num_times: 3 needs the state at t = 0\.444444, which the trajectories do not"):
+    with pytest.raises(
+        UserError, match=r"num_times: 3 needs the state at t = 0\.444444, which the trajectories do not"
+    ):
         model.begin(teacher, stored(model.config.schedule))
     with pytest.raises(UserError, match=r"theirs are 1, 0\.7656, 0\.5625"):
         model.begin(teacher, stored(model.config.schedule))
-    with pytest.raises(UserError, match="num_times: 4 needs the state at t = 0.75"):
+    with pytest.raises(UserError, match=r"num_times: 4 needs the state at t = 0\.75"):
         build(grid="even").begin(teacher, stored(model.config.schedule))
     with pytest.raises(UserError, match="trajectories: 1 is not enough: one at least is held out"):
         build().begin(teacher, stored(model.config.schedule, count=1))

@@ -23,7 +23,7 @@ from osmose.methods import METHODS, TAUGHT
 from osmose.methods.base import GenerativeModel
 from osmose.methods.chain import ChainModel, ProcessConfig
 from osmose.methods.consistency import LOW_FREQUENCY, Consistency, ConsistencyConfig, TangentConfig
-from osmose.methods.operator import DSNO
+from osmose.methods.operator import DSNO, DSNOConfig
 from osmose.methods.students import StudentConfig, Students
 from osmose.training.config import Parent, RunConfig, TrainingConfig
 from osmose.training.progress import Progress, sampling_bar
@@ -123,9 +123,15 @@ def taught_config(
     made: dict[str, Any] = {"method": override(values, ours), "training": whole, "seed": said.get("seed", 0)}
     made |= {"versions": {}, "parent": parent.to_json()}
     try:
-        return checked(RunConfig.parse(teacher.to_json() | made))
+        config = checked(RunConfig.parse(teacher.to_json() | made))
     except UserError as error:  # what the file calls method.warmup is warmup in what is said
         raise UserError(str(error).removeprefix("method.")) from None
+    if isinstance(config.method, DSNOConfig) and config.method.trajectories["num"] < config.training.batch_size:
+        num, batch = config.method.trajectories["num"], config.training.batch_size
+        raise UserError(
+            f"trajectories.num: {num} is fewer than the {batch} of a batch; make more, or lower --batch-size"
+        )
+    return config
 
 
 def _head(origin: ProcessConfig, cls: type, data_std: float, ours: Mapping[str, Any]) -> dict[str, Any]:

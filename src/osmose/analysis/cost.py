@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from osmose.gaussian.draws import StepDraws
-from osmose.methods import DISTILLED
 from osmose.methods.base import Batch, GenerativeModel
 from osmose.methods.students import Students
 from osmose.training.config import TrainingConfig
@@ -92,16 +91,14 @@ def cost_of(model: GenerativeModel, batch_size: int = 16, repeats: int = 3) -> C
 
 
 def seconds_per_step(model: GenerativeModel, training: TrainingConfig, repeats: int = 3) -> StepTime | None:
-    """Time steps of training on random data, in one process and without compilation.
-
-    None where nothing is trained, or only together with a teacher.
+    """Time steps of training on random data, in one process and without compilation; None where nothing is trained.
 
     Args:
         model: left as it is; a copy is trained.
         training: says the batch and how it is cut up, the precision, and the optimiser.
         repeats: the best of so many counts.
     """
-    if model.config.kind in DISTILLED or not any(parameter.requires_grad for parameter in model.parameters()):
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         return None
     model = copy.deepcopy(model).train()
     device, spec, micro = model.device, model.spec, training.batch_size // training.accumulate

@@ -33,7 +33,8 @@ from osmose.gaussian.schedule import Level, Schedule
 #: How a directional derivative of a network is computed: exactly, or from two further evaluations.
 Derivative = Literal["forward", "finite-diff"]
 
-#: No angle is nearer to pi / 2, where no data are left in x, and the derivatives of a network's label may have no end.
+#: No angle is nearer to pi / 2, where no data are left in x and the derivatives of a network's label may have no end,
+#: nor ten times as near to 0.
 _MARGIN = 1e-4
 #: Steps of finite differences: of the network's input and of its label, and of the factors, relative to the angle.
 _STEP, _LABEL_STEP, _FINE_STEP = 5e-3, 0.1, 1e-3
@@ -91,7 +92,9 @@ class TrigFlow:
         schedule = denoiser.schedule
         earliest = 1 / schedule.native_steps if schedule.native_steps else 0.0
         ends = angle_of(schedule.level(torch.tensor([earliest, 1.0])), sigma_data).tolist()
-        self.lowest, self.highest = ends[0], min(ends[1], math.pi / 2 - _MARGIN)
+        inside = 1 + 3 * _FINE_STEP  # the rates of the factors are differences: all angles in them are the schedule's
+        self.lowest = max(ends[0], _MARGIN / 10) * inside
+        self.highest = math.pi / 2 - max(math.pi / 2 - ends[1], _MARGIN) * inside
 
     def velocity(self, x: Tensor, angle: Tensor, condition: Tensor | None = None) -> Tensor:
         """V, shape of x (B, *event)."""
@@ -200,7 +203,10 @@ class TrigFlow:
         return _Factors(*(value.expand_as(angle) for value in values))
 
     def _rates(self, angle: Tensor) -> _Factors:
-        """Derivatives of the factors with respect to theta: differences of fourth order, good to ten digits."""
+        """Derivatives of the factors with respect to theta: differences of fourth order.
+
+        They are good to ten digits on smooth schedules; on one of T steps, whose tables have kinks, to three.
+        """
         h = _FINE_STEP * torch.minimum(angle, math.pi / 2 - angle)
         far, near, after, beyond = (self._factors(angle + k * h) for k in (-2, -1, 1, 2))
         pairs = zip(far, near, after, beyond, strict=True)

@@ -122,6 +122,10 @@ class DSNO(GenerativeModel):
         rows = zip(*(values.tolist() for values in schedule.level(t)), strict=True)
         self._top, *levels = (Level(*row) for row in rows)
         self.levels = tuple(levels)
+        if bool((t.diff() >= 0).any()):
+            raise UserError(
+                f"num_times: {count} is too many for a schedule of {schedule.native_steps} steps: two times are one"
+            )
         labels = torch.tensor([float(schedule.label(level)) for level in levels])
         self.register_buffer("_labels", labels, persistent=False)
         weight = torch.tensor([self._weight(level) for level in levels])
