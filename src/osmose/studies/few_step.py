@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from matplotlib.ticker import NullFormatter
 
-from osmose.studies.few_steps import FewSteps
+from osmose.studies.few_steps import METRIC, FewSteps
 from osmose.studies.plots import draw, log_scale, panels, real
 from osmose.studies.study import Cell, Claim, Results
 from osmose.studies.verdicts import Finding, lower
@@ -107,11 +108,8 @@ class FewStep(FewSteps):
             lines = [(f"teacher, {name}", "teacher", {"solver": name}) for name in ("ddim", "heun", "dpmpp-2m")]
             lines += [(name, name, {}) for name in ("btd", "tract", *_CONSISTENT, "dsno")]
             for (name, cell, wanted), marker in zip(lines, "osD^v*PXp", strict=True):
-                groups = [
-                    (labels, values)
-                    for labels, values in results.groups(f"{data}-{cell}")
-                    if wanted.items() <= labels.items() and values["score"].mean() > 0
-                ]
+                found = results.groups(f"{data}-{cell}")
+                groups = [(labels, values) for labels, values in found if wanted.items() <= labels.items()]
                 scores = [values["score"] for _, values in groups]
                 draw(axes[0], [float(values["nfe"].mean()) for _, values in groups], scores, name, marker)
                 times = [1000 * float(values["seconds_per_sample"].mean()) for _, values in groups]
@@ -121,10 +119,13 @@ class FewStep(FewSteps):
             floor = results.groups(f"{data}-teacher")[0][1]["score_real"].mean()
             for panel in axes:
                 panel.set_xscale("log")
-                log_scale(panel)
-                if floor > 0:
-                    real(panel, floor)
-            axes[0].legend(fontsize=7)
+                panel.xaxis.set_minor_formatter(NullFormatter())
+                if METRIC[data] == "energy":  # unbiased: what is good is near 0, on either side
+                    panel.set_yscale("symlog", linthresh=2)
+                else:
+                    log_scale(panel)
+                real(panel, floor)
+            axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
             figures[f"{data}-score-against-cost"] = figure
         return figures
 
