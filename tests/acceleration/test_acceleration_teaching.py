@@ -436,8 +436,8 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(
 def test_trajectories_that_do_not_fit_are_refused_before_anything_is_written(teachers, tmp_path):
     with pytest.raises(UserError, match="made from another teacher, 'v', not from"):
         distill(teachers / "other", tmp_path / "made", method="dsno", trajectories=teachers / "paths")
+    small = {"num_times": 3, "training.batch_size": 8}
     with pytest.raises(UserError, match=r"num_times: 3 needs the state at t = 0\.444, which the trajectories do not"):
-        small = {"num_times": 3, "training.batch_size": 8}
         distill(teachers / "v", tmp_path / "made", method="dsno", trajectories=teachers / "paths", **small)
     with pytest.raises(UserError, match=r"trajectories\.num: given, but the trajectories of .* are made already"):
         distill(

@@ -122,6 +122,7 @@ class FewStep(FewSteps):
                 panel.xaxis.set_minor_formatter(NullFormatter())
                 if METRIC[data] == "energy":  # unbiased: what is good is near 0, on either side
                     panel.set_yscale("symlog", linthresh=2)
+                    panel.set_ylim(-3, 1500)
                 else:
                     log_scale(panel)
                 real(panel, floor)
