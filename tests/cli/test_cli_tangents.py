@@ -11,6 +11,7 @@ from PIL import Image
 from osmose.acceleration.distill import distill
 from osmose.analysis.tangents import tangents
 from osmose.data.dataset import DataConfig
+from osmose.training.config import RunConfig
 from osmose.training.recipes import recipe
 from osmose.training.run import Run
 from osmose.training.trainer import built
@@ -38,7 +39,10 @@ def made(tmp_path_factory):
     """A folder with runs that have weights of chance, and students of one; not to be changed."""
     folder = tmp_path_factory.mktemp("made")
     for name, (method, data, changes) in RUNS.items():
-        config = recipe(method, data, data.load(), 0, changes)
+        config = recipe("sct" if method == "scd" else method, data, data.load(), 0, changes)
+        if method == "scd":  # which is made from a run alone, and has the fields of sct and more
+            values = config.to_json()
+            config = RunConfig.parse(values | {"method": values["method"] | {"kind": "scd"}})
         if method in ("scd", "sct"):
             config = config.replace(parent=Run.open(folder / "points").as_parent())
         run = Run.create(folder / name, config)
