@@ -137,15 +137,16 @@ class SCMAblation(FewSteps):
             for place, cell in enumerate(cells):
                 for labels, values in results.groups(cell):
                     colour = {1: "C0", 2: "C1", 4: "C2"}[int(labels["steps"])]
-                    shown = np.maximum(values["score"], 1e-2)
-                    panel.plot(shown, [place] * len(shown), ".", color=colour, alpha=0.6)
-                    panel.plot(shown.mean(), place, "D", color=colour, markersize=5)
+                    panel.plot(values["score"], [place] * len(values["score"]), ".", color=colour, alpha=0.6)
+                    panel.plot(values["score"].mean(), place, "D", color=colour, markersize=5)
             panel.set_yticks(range(len(cells)), [cell.removeprefix(f"{data}-") for cell in cells], fontsize=7)
-            panel.set(xscale="log", xlabel="score (lower is better)", title=data)
+            panel.set(xlabel="score (lower is better)", title=data)
+            if data == "digits":
+                panel.set_xscale("log")
             panel.invert_yaxis()
         for count, colour in ((1, "C0"), (2, "C1"), (4, "C2")):
-            axes[0].plot([], [], "D", color=colour, label=f"{count} step{'s' if count > 1 else ''}")
-        axes[0].legend(fontsize=7)
+            axes[-1].plot([], [], "D", color=colour, label=f"{count} step{'s' if count > 1 else ''}")
+        axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
         return {"score-of-changes": figure}
 
 
