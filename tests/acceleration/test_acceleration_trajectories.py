@@ -23,8 +23,8 @@ from osmose.acceleration.trajectories import (
     make,
     recorded,
     states,
-    write_picture,
 )
+from osmose.acceleration.trajectory_pictures import write_picture
 from osmose.configuration import ConfigError
 from osmose.data.dataset import DataConfig
 from osmose.errors import UserError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -21,7 +22,7 @@ _RUNNING = {"model", "out", "trajectories", "resume", "data_root", "threads", "q
 
 
 @dataclass
-class _Distill:
+class _Distill(ABC):
     method: ClassVar[str]
 
     model: Annotated[Positional[Path], arg(metavar="RUN", help="the teacher: a run of ddpm, iddpm or edm")]
@@ -92,9 +93,9 @@ class _Distill:
         """What is said again where a distillation is continued."""
         return {}
 
+    @abstractmethod
     def _made(self, distillation: Any, before: bool) -> Result:
         """The result, of a distillation that was finished before or is now."""
-        raise NotImplementedError
 
     def _require_nothing_said(self, out: Path) -> None:
         given = [f.name for f in fields(self) if f.name not in _RUNNING and getattr(self, f.name) != f.default]

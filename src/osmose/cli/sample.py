@@ -95,7 +95,7 @@ class Sample:
         import numpy as np
         import torch
 
-        from osmose.acceleration.trajectories import most_drawn, picture_of
+        from osmose.acceleration.trajectory_pictures import most_drawn, picture_of
         from osmose.methods.operator import DSNO
         from osmose.training import files
 
