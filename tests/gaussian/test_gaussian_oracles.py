@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from osmose.gaussian import SCHEDULES
-from osmose.gaussian.oracles import GaussianDenoiser, MixtureDenoiser
+from osmose.gaussian.oracles import ChainDenoiser, GaussianDenoiser, MixtureDenoiser, ProductDenoiser
 from osmose.gaussian.schedule import Level
 
 every_schedule = pytest.mark.parametrize("kind", list(SCHEDULES.entries))
@@ -133,3 +133,154 @@ def test_a_mixture_of_one_is_a_gaussian():
     for level in (Level(0.5, 0.8, 0.6), Level(0.5, 1.0, 4.0)):
         gaussian = GaussianDenoiser(mean, torch.full((2,), 0.09, dtype=torch.float64))
         assert torch.allclose(MixtureDenoiser(mean[None], 0.3)(x, level), gaussian(x, level), rtol=1e-12)
+
+
+# --- a deviation, and modes, for each coordinate ---------------------------------------------------------------------
+
+#: Coordinates and modes; parameters without any symmetry, so that nothing that is mixed up comes out right.
+D, K = 5, 3
+
+
+def normal(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def shares(*shape, seed):
+    return torch.softmax(normal(*shape, seed=seed), -1)
+
+
+CENTRES, WEIGHTS = 1.5 * normal(D, K, seed=1), shares(D, K, seed=2)
+DEVIATIONS = torch.tensor([0.1, 0.5, 0.2, 0.9, 0.3], dtype=torch.float64)
+TRANSITIONS, START = shares(D - 1, K, K, seed=3), shares(K, seed=4)
+PLACES, PLACE_WEIGHTS = normal(6, D, seed=5), shares(6, seed=6)
+
+
+def modes(centres, log_law):
+    """All combinations of modes: their centres (K^D, D), and their log weights, of a function of the combination."""
+    combinations = list(itertools.product(range(centres.shape[1]), repeat=len(centres)))
+    places = torch.stack([centres[torch.arange(len(centres)), list(modes)] for modes in combinations])
+    return places, torch.stack([log_law(modes) for modes in combinations])
+
+
+def of_product(combination):
+    return sum(WEIGHTS[i, mode].log() for i, mode in enumerate(combination))
+
+
+def of_chain(combination):
+    steps = itertools.pairwise(combination)
+    return START[combination[0]].log() + sum(TRANSITIONS[i, a, b].log() for i, (a, b) in enumerate(steps))
+
+
+#: Each oracle, and the same law as a mixture: centres and log weights, all of deviations DEVIATIONS.
+KNOWN = {
+    "mixture": (MixtureDenoiser(PLACES, DEVIATIONS, PLACE_WEIGHTS), (PLACES, PLACE_WEIGHTS.log())),
+    "product": (ProductDenoiser(CENTRES, DEVIATIONS, WEIGHTS), modes(CENTRES, of_product)),
+    "chain": (ChainDenoiser(CENTRES, DEVIATIONS, TRANSITIONS, START), modes(CENTRES, of_chain)),
+}
+every_oracle = pytest.mark.parametrize("name", KNOWN)
+
+
+def joint(x, at, places, log_weights):
+    """log p(x_t, component) of one point (D,) at a level of numbers, shape (components,)."""
+    total = at.alpha**2 * DEVIATIONS**2 + at.sigma**2
+    return log_weights - ((x - at.alpha * places) ** 2 / (2 * total) + total.log() / 2).sum(1)
+
+
+def between(kind, places, log_weights, count=8):
+    """Noised points of a law, shape (count, D), and their levels."""
+    level = levels(kind, count)
+    generator = torch.Generator().manual_seed(7)
+    drawn = places[torch.multinomial(log_weights.exp(), count, replacement=True, generator=generator)]
+    x0 = drawn + DEVIATIONS * normal(count, D, seed=8)
+    return level.alpha[:, None] * x0 + level.sigma[:, None] * normal(count, D, seed=9), level
+
+
+@every_schedule
+@every_oracle
+def test_modes_of_each_coordinate_by_all_their_combinations(kind, name):
+    denoiser, law = KNOWN[name]
+    assert torch.allclose(law[1].exp().sum(), torch.ones((), dtype=torch.float64))
+    x, level = between(kind, *law)
+    got = denoiser(x, level)
+    for i in range(len(x)):
+        at = batch_of(level, i)
+        gain = at.alpha * DEVIATIONS**2 / (at.alpha**2 * DEVIATIONS**2 + at.sigma**2)
+        means = law[0] + gain * (x[i] - at.alpha * law[0])
+        want = torch.softmax(joint(x[i], at, *law), 0) @ means
+        assert torch.allclose(got[i], want, rtol=1e-10, atol=1e-10)
+        assert torch.allclose(denoiser(x, at)[i], want, rtol=1e-10, atol=1e-10)
+
+
+@every_oracle
+def test_tweedie_s_formula_holds(name):
+    # E[x0 | x_t] = (x_t + sigma^2 grad log p(x_t)) / alpha needs the density of x_t alone.
+    denoiser, law = KNOWN[name]
+    x, level = between("cosine", *law)
+    got = denoiser(x, level)
+    for i in range(len(x)):
+        at, point = batch_of(level, i), x[i].clone().requires_grad_()
+        (score,) = torch.autograd.grad(joint(point, at, *law).logsumexp(0), point)
+        assert torch.allclose(got[i], (x[i] + at.sigma**2 * score) / at.alpha, rtol=1e-8, atol=1e-8)
+
+
+@every_oracle
+def test_they_answer_in_the_type_of_the_question(name):
+    denoiser, law = KNOWN[name]
+    x, level = between("linear", *law)
+    for at in (level, batch_of(level, 4)):
+        got = denoiser(x.float(), at)
+        assert got.dtype == torch.float32
+        assert torch.allclose(got.double(), denoiser(x.float().double(), at), atol=1e-4)
+
+
+def test_a_product_is_one_mixture_for_each_coordinate():
+    x, level = between("cosine", *KNOWN["product"][1])
+    got = KNOWN["product"][0](x, level)
+    for i in range(D):
+        alone = MixtureDenoiser(CENTRES[i, :, None], float(DEVIATIONS[i]), WEIGHTS[i])
+        assert torch.allclose(got[:, i : i + 1], alone(x[:, i : i + 1], level), rtol=1e-10, atol=1e-10)
+
+
+def test_a_component_of_weight_0_is_not_there():
+    weights = torch.tensor([[0.3, 0.7, 0.0]], dtype=torch.float64).expand(D, K)
+    x, level = between("cosine", *KNOWN["product"][1])
+    got = ProductDenoiser(CENTRES, DEVIATIONS, weights)(x, level)
+    want = ProductDenoiser(CENTRES[:, :2], DEVIATIONS, weights[:, :2])(x, level)
+    assert torch.allclose(got, want, rtol=1e-12)
+
+
+def test_a_chain_without_memory_is_a_product():
+    half = torch.full((D - 1, 2, 2), 0.5, dtype=torch.float64)
+    x, level = between("cosine", *KNOWN["chain"][1])
+    chain = ChainDenoiser(CENTRES[:, :2], DEVIATIONS, half)(x, level)
+    product = ProductDenoiser(CENTRES[:, :2], DEVIATIONS, torch.full((D, 2), 0.5, dtype=torch.float64))(x, level)
+    assert torch.allclose(chain, product, rtol=1e-12)
+    # With a memory it is another: the test above can fail.
+    flips = torch.tensor([[0.9, 0.1], [0.1, 0.9]], dtype=torch.float64).expand(D - 1, 2, 2)
+    assert not torch.allclose(ChainDenoiser(CENTRES[:, :2], DEVIATIONS, flips)(x, level), product, atol=0.01)
+
+
+def test_a_chain_that_never_changes_is_a_mixture_of_two():
+    stay = torch.eye(2, dtype=torch.float64).expand(D - 1, 2, 2)
+    x, level = between("cosine", *KNOWN["chain"][1])
+    got = ChainDenoiser(CENTRES[:, :2], DEVIATIONS, stay)(x, level)
+    assert torch.allclose(got, MixtureDenoiser(CENTRES[:, :2].T, DEVIATIONS)(x, level), rtol=1e-10)
+
+
+def test_a_long_chain_stays_finite_where_noise_is_small():
+    # Far from every mode the probabilities of 300 coordinates are no numbers of float32, their logarithms are.
+    signs = torch.tensor([-1.0, 1.0]).expand(300, 2)
+    flips = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).expand(299, 2, 2)
+    chain = ChainDenoiser(signs, torch.full((300,), 0.01), flips)
+    x = torch.full((2, 300), 5.0)
+    x[1] = -5
+    got = chain(x, Level(0.0, 1.0, 0.01))
+    assert torch.allclose(got, torch.tensor([[3.0], [-3.0]]).expand(2, 300), rtol=1e-4)
+
+
+def test_one_deviation_for_each_coordinate_is_the_number_where_all_are_equal():
+    x, level = between("cosine", *KNOWN["mixture"][1])
+    for at in (level, batch_of(level, 3)):
+        number = MixtureDenoiser(PLACES, 0.4, PLACE_WEIGHTS)(x, at)
+        each = MixtureDenoiser(PLACES, torch.full((D,), 0.4, dtype=torch.float64), PLACE_WEIGHTS)(x, at)
+        assert torch.allclose(number, each, rtol=1e-12, atol=1e-12)

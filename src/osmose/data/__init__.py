@@ -9,7 +9,11 @@ SOURCES = Registry(
     "data set",
     {
         "digits": ("osmose.data.embedded:load_digits", "scikit-learn's 1,797 handwritten digits, 8x8, 17 grey levels"),
-        "toy": ("osmose.data.toy:load_toy", "toy:NAME, points in the plane drawn from a known law"),
+        "toy": (
+            "osmose.data.toy:load_toy",
+            "toy:NAME, points in the plane drawn from a known law; toy:gaussian:D, product:D, chain:D[:P] or mixture:D "
+            "in D dimensions",
+        ),
         "mnist": ("osmose.data.idx:load_mnist", "MNIST from its idx files under --data-root"),
         "fashion-mnist": ("osmose.data.idx:load_fashion_mnist", "Fashion-MNIST from its idx files under --data-root"),
         "idx": ("osmose.data.idx:load_idx", "idx:FOLDER, any data set stored as MNIST's four idx files"),

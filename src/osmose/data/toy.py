@@ -1,4 +1,4 @@
-"""Points in the plane from known laws: small enough to see, exact enough to test against.
+"""Points from known laws: in the plane, small enough to see, or of any dimension (`data.laws`).
 
 Every law is sampled exactly (no rejection, no training data) and vectorised, in its own units. Its parameters are the
 constants of this module, so that an evaluation can compute what is true:
@@ -26,10 +26,8 @@ import torch
 
 from osmose.data.assembly import Part, points_dataset
 from osmose.data.dataset import DataConfig, Dataset
+from osmose.data.laws import FAMILIES, Draw, Law, Mixture, parse
 from osmose.errors import UserError, nearest
-
-#: Points (N, 2) float64 and component labels (N,), or None for a law without components.
-Draw = tuple[np.ndarray, np.ndarray | None]
 
 _EIGHTHS = 2 * math.pi * np.arange(8) / 8
 EIGHT_CENTRES = 4.0 * np.stack([np.cos(_EIGHTHS), np.sin(_EIGHTHS)], axis=1)
@@ -44,12 +42,6 @@ ROLL_ANGLES = (1.5 * math.pi, 4.5 * math.pi)
 ROLL_NOISE = 0.5
 MOON_NOISE = 0.1
 PINWHEEL_ARMS = 5
-
-
-def eight_gaussians(num_points: int, rng: np.random.Generator) -> Draw:
-    """Eight equal round clusters on a circle of radius 4."""
-    component = rng.integers(len(EIGHT_CENTRES), size=num_points)
-    return EIGHT_CENTRES[component] + EIGHT_DEVIATION * rng.standard_normal((num_points, 2)), component
 
 
 def checkerboard(num_points: int, rng: np.random.Generator) -> Draw:
@@ -92,32 +84,50 @@ def pinwheel(num_points: int, rng: np.random.Generator) -> Draw:
     return 2.0 * np.stack([along * cos - across * sin, along * sin + across * cos], axis=1), arm
 
 
-class Law(NamedTuple):
+class PlanarLaw(NamedTuple):
     """How to draw (num_points, generator) -> points and labels, and how many components the labels tell apart."""
 
     draw: Callable[[int, np.random.Generator], Draw]
     num_components: int | None
+    dimension: int = 2
 
 
 #: The names in `toy:NAME`.
-LAWS = {
-    "8-gaussians": Law(eight_gaussians, len(EIGHT_CENTRES)),
-    "checkerboard": Law(checkerboard, len(BLACK_SQUARES)),
-    "swiss-roll": Law(swiss_roll, None),
-    "two-moons": Law(two_moons, 2),
-    "pinwheel": Law(pinwheel, PINWHEEL_ARMS),
+LAWS: dict[str, Law] = {
+    "8-gaussians": Mixture(EIGHT_CENTRES, EIGHT_DEVIATION),
+    "checkerboard": PlanarLaw(checkerboard, len(BLACK_SQUARES)),
+    "swiss-roll": PlanarLaw(swiss_roll, None),
+    "two-moons": PlanarLaw(two_moons, 2),
+    "pinwheel": PlanarLaw(pinwheel, PINWHEEL_ARMS),
 }
 
 
-def load_toy(argument: str, config: DataConfig) -> Dataset:
-    """`config.num_points` points (2,) from the law named by `argument`, drawn and split with `config.split_seed`.
+def law_of(argument: str) -> Law:
+    """The law that is named in `toy:ARGUMENT`: one in the plane (`pinwheel`) or of any dimension (`chain:8:0.1`).
 
     Raises:
-        UserError: no such law; the message names the nearest one.
+        UserError: no such law; the message names the nearest one. Arguments that the law refuses.
     """
-    if argument not in LAWS:
-        raise UserError(f"toy:{argument}: no such law; {nearest(argument, LAWS)}")
-    law = LAWS[argument]
+    name, *arguments = argument.split(":")
+    if name in FAMILIES:
+        return parse(name, arguments)
+    if name not in LAWS:
+        if arguments:
+            raise UserError(f"toy:{argument}: no such law with arguments; {nearest(name, FAMILIES)}")
+        forms = ", ".join(family.form for family in FAMILIES.values())
+        raise UserError(f"toy:{argument}: no such law; {nearest(name, LAWS)}, or of any dimension D: {forms}")
+    if arguments:
+        raise UserError(f"toy:{argument}: {name!r} is a law in the plane, without arguments; write toy:{name}")
+    return LAWS[name]
+
+
+def load_toy(argument: str, config: DataConfig) -> Dataset:
+    """`config.num_points` points (D,) from the law named by `argument`, drawn and split with `config.split_seed`.
+
+    Raises:
+        UserError: see `law_of`.
+    """
+    law = law_of(argument)
     points, labels = law.draw(config.num_points, np.random.default_rng(config.split_seed))
     whole = Part(torch.from_numpy(points).float(), None if labels is None else torch.from_numpy(labels).long())
     names = None if law.num_components is None else [str(component) for component in range(law.num_components)]

@@ -1,6 +1,12 @@
-"""Denoisers known in closed form, to test everything else against: Gaussian, mixture of Gaussians, finite data set."""
+"""Denoisers known in closed form, to test everything else against.
+
+Gaussian, mixture of Gaussians, finite data set, independent coordinates, chain of coordinates.
+"""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -38,31 +44,120 @@ class GaussianDenoiser:
 
 
 class MixtureDenoiser:
-    """E[x0 | x_t] for a mixture of isotropic Gaussians; a finite data set is the case of deviation 0.
+    """E[x0 | x_t] for a mixture of Gaussians of one shape; a finite data set is the case of deviation 0.
 
     Args:
         centres: shape (K, D).
-        std: deviation of every component, >= 0.
+        std: deviation of every component, >= 0: a number, or one for each coordinate, shape (D,).
         weights: shape (K,), summing to 1; equal when omitted.
     """
 
-    def __init__(self, centres: Tensor, std: float = 0.0, weights: Tensor | None = None):
+    def __init__(self, centres: Tensor, std: float | Tensor = 0.0, weights: Tensor | None = None):
         self.centres, self.variance = centres, std**2
         weights = torch.full((len(centres),), 1 / len(centres), dtype=centres.dtype) if weights is None else weights
         self.log_weights = weights.log()
 
     def responsibilities(self, x_t: Tensor, level: Level) -> Tensor:
         """p(component | x_t), shape (B, K)."""
-        alpha, sigma = column(level.alpha, x_t), column(level.sigma, x_t)
-        total = alpha**2 * self.variance + sigma**2
-        if isinstance(alpha, Tensor):
-            distance = torch.stack([(x_t - alpha * centre).norm(dim=1) for centre in self.centres], dim=1)
+        alpha, sigma, variance = column(level.alpha, x_t), column(level.sigma, x_t), _like(self.variance, x_t)
+        centres, total = _like(self.centres, x_t), alpha**2 * variance + sigma**2
+        if isinstance(total, Tensor):
+            spread = total.sqrt()
+            distance = torch.stack([((x_t - alpha * centre) / spread).norm(dim=1) for centre in centres], dim=1)
         else:  # by differences: expanding the square loses the digits that small noise needs
-            distance = torch.cdist(x_t, alpha * self.centres, compute_mode="donot_use_mm_for_euclid_dist")
-        return torch.softmax(self.log_weights - distance**2 / (2 * total), dim=1)
+            distance = torch.cdist(x_t, alpha * centres, compute_mode="donot_use_mm_for_euclid_dist") / total**0.5
+        return torch.softmax(_like(self.log_weights, x_t) - distance**2 / 2, dim=1)
+
+    def __call__(self, x_t: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        alpha, sigma, variance = column(level.alpha, x_t), column(level.sigma, x_t), _like(self.variance, x_t)
+        gain = alpha * variance / (alpha**2 * variance + sigma**2)
+        centre = self.responsibilities(x_t, level) @ _like(self.centres, x_t)
+        return centre + gain * (x_t - alpha * centre)
+
+
+class _CoordinateModes(ABC):
+    """E[x0 | x_t] where each coordinate is N(centre, deviation^2) around one of its K modes; the modes have some law.
+
+    Args:
+        centres: of the modes of each coordinate, shape (D, K).
+        deviations: of each coordinate, the same around all of its modes, shape (D,).
+    """
+
+    def __init__(self, centres: Tensor, deviations: Tensor):
+        self.centres, self.variances = centres, deviations[:, None] ** 2
+
+    @abstractmethod
+    def responsibilities(self, x_t: Tensor, level: Level) -> Tensor:
+        """p(mode of coordinate i | x_t), shape (B, D, K)."""
+
+    def evidence(self, x_t: Tensor, level: Level) -> Tensor:
+        """The logarithm of p(coordinate i of x_t | its mode), up to what all modes share: shape (B, D, K)."""
+        x = x_t[:, :, None]
+        alpha, sigma = column(level.alpha, x), column(level.sigma, x)
+        total = alpha**2 * _like(self.variances, x) + sigma**2
+        return -((x - alpha * _like(self.centres, x)) ** 2) / (2 * total)
 
     def __call__(self, x_t: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:  # noqa: ARG002
         alpha, sigma = column(level.alpha, x_t), column(level.sigma, x_t)
-        gain = alpha * self.variance / (alpha**2 * self.variance + sigma**2)
-        centre = self.responsibilities(x_t, level) @ self.centres
+        variance = _like(self.variances[:, 0], x_t)
+        gain = alpha * variance / (alpha**2 * variance + sigma**2)
+        centre = (self.responsibilities(x_t, level) * _like(self.centres, x_t)).sum(2)
         return centre + gain * (x_t - alpha * centre)
+
+
+class ProductDenoiser(_CoordinateModes):
+    """E[x0 | x_t] for independent coordinates, each a mixture of K univariate Gaussians of one deviation.
+
+    Args:
+        centres: shape (D, K).
+        deviations: shape (D,).
+        weights: shape (D, K), rows summing to 1; a coordinate with fewer components has weights 0.
+    """
+
+    def __init__(self, centres: Tensor, deviations: Tensor, weights: Tensor):
+        super().__init__(centres, deviations)
+        self.log_weights = weights.log()
+
+    def responsibilities(self, x_t: Tensor, level: Level) -> Tensor:
+        """p(component of coordinate i | x_t), shape (B, D, K)."""
+        return torch.softmax(_like(self.log_weights, x_t) + self.evidence(x_t, level), dim=2)
+
+
+class ChainDenoiser(_CoordinateModes):
+    """E[x0 | x_t] where the modes of the coordinates are a Markov chain: K^D modes at the cost of D K^2.
+
+    Given the modes the coordinates of x_t are independent, so x_t is the observation of a hidden Markov model, whose
+    posterior is found by the forward-backward recursion, in logarithms.
+
+    Args:
+        centres: shape (D, K); of a chain of signs, K = 2.
+        deviations: shape (D,).
+        transitions: p(mode b of coordinate i + 1 | mode a of coordinate i), shape (D - 1, K, K), rows summing to 1.
+        start: law of the first coordinate's mode, shape (K,); uniform when omitted.
+    """
+
+    def __init__(self, centres: Tensor, deviations: Tensor, transitions: Tensor, start: Tensor | None = None):
+        super().__init__(centres, deviations)
+        modes = centres.shape[1]
+        start = torch.full((modes,), 1 / modes, dtype=centres.dtype) if start is None else start
+        self.log_transitions, self.log_start = transitions.log(), start.log()
+
+    def responsibilities(self, x_t: Tensor, level: Level) -> Tensor:
+        """p(mode of coordinate i | x_t), shape (B, D, K)."""
+        evidence, step = self.evidence(x_t, level), _like(self.log_transitions, x_t)
+        # Of the coordinates up to i, jointly with the mode of i; and of those after i, given the mode of i.
+        forward, backward = [_like(self.log_start, x_t) + evidence[:, 0]], [torch.zeros_like(evidence[:, 0])]
+        for i in range(1, evidence.shape[1]):
+            forward.append(torch.logsumexp(forward[-1][:, :, None] + step[i - 1], dim=1) + evidence[:, i])
+        for i in range(evidence.shape[1] - 1, 0, -1):
+            backward.append(torch.logsumexp(step[i - 1] + (evidence[:, i] + backward[-1])[:, None, :], dim=2))
+        return torch.softmax(torch.stack(forward, dim=1) + torch.stack(backward[::-1], dim=1), dim=2)
+
+
+@overload
+def _like(value: Tensor, x: Tensor) -> Tensor: ...
+@overload
+def _like(value: float | Tensor, x: Tensor) -> float | Tensor: ...
+def _like(value: float | Tensor, x: Tensor) -> float | Tensor:
+    """A parameter in the dtype and on the device of x; a number as it is."""
+    return value.to(device=x.device, dtype=x.dtype) if isinstance(value, Tensor) else value
