@@ -37,18 +37,22 @@ class NetworkDenoiser(nn.Module):
         self.network, self.schedule, self.parametrization = network, schedule, parametrization
         self.learned_variance = learned_variance
 
+    def inputs(self, x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """What the network is given at x_t: c_in x_t, (B, *event), and the labels of the times, float32 (B,)."""
+        c_in = self.parametrization.coefficients(level).c_in
+        label = self.schedule.label(level)
+        if not isinstance(label, Tensor):
+            label = torch.full((len(x_t),), label, dtype=torch.float32, device=x_t.device)
+        scaled = x_t if isinstance(c_in, float) and c_in == 1.0 else column(c_in, x_t) * x_t
+        return scaled, label.to(device=x_t.device, dtype=torch.float32)
+
     def outputs(self, x_t: Tensor, level: Level, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The network's own output F at x_t, and w = (v + 1) / 2 of a learned variance or None: shape of x_t.
 
         Raises:
             UserError: a learned variance, but a network without the output for it.
         """
-        c_in = self.parametrization.coefficients(level).c_in
-        label = self.schedule.label(level)
-        if not isinstance(label, Tensor):
-            label = torch.full((len(x_t),), label, dtype=torch.float32, device=x_t.device)
-        scaled = x_t if isinstance(c_in, float) and c_in == 1.0 else column(c_in, x_t) * x_t
-        out: Tensor = self.network(scaled, label.to(device=x_t.device, dtype=torch.float32), condition).to(x_t.dtype)
+        out: Tensor = self.network(*self.inputs(x_t, level), condition).to(x_t.dtype)
         if not self.learned_variance:
             return out, None
         if out.shape[1] != 2 * x_t.shape[1]:

@@ -98,6 +98,14 @@ class StepDraws:
         place = torch.randperm(self.total, generator=self._host)
         return ((place + u) / self.total)[self.start : self.stop]
 
+    def again(self) -> StepDraws:
+        """The same randomness from where this one is now, to be drawn once more."""
+        copy = StepDraws(self.seed, self.step, self.start, self.stop, self.total, self.device, path=self.path)
+        copy._host.set_state(self._host.get_state())
+        if copy._device is not copy._host:
+            copy._device.set_state(self._device.get_state())
+        return copy
+
     def branch(self, *names: int | str) -> StepDraws:
         path = (*self.path, "branch", *names)
         return StepDraws(self.seed, self.step, self.start, self.stop, self.total, self.device, path=path)

@@ -21,7 +21,7 @@ from osmose.errors import UserError
 from osmose.gaussian.draws import Draws, SampleDraws
 from osmose.methods import METHODS
 from osmose.networks import NETWORKS
-from osmose.networks.base import NetworkConfig
+from osmose.networks.base import NetworkConfig, Noting
 
 #: A field that holds any registered network.
 NetworkChoice = Annotated[SerializeAsAny[NetworkConfig], BeforeValidator(NETWORKS.parse)]
@@ -53,6 +53,25 @@ class LossTerms:
     t: Tensor | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
     weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A batch's loss as least squares: weight times the mean over dimensions of (network(x, label) - target)^2.
+
+    Attributes:
+        network: called as network(x, label, condition).
+        x, label, condition: what it is given, (B, *event), (B,), and (B,) or None.
+        target: what it should say, (B, *event).
+        weight: of each item, (B,).
+    """
+
+    network: nn.Module
+    x: Tensor
+    label: Tensor
+    condition: Tensor | None
+    target: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -212,6 +231,24 @@ class GenerativeModel(nn.Module, ABC):
             UserError: a method or data without such a bound; the message says why.
         """
         raise UserError(f"{self.config.kind}: has no likelihood bound; ddpm, iddpm and edm have")
+
+    def regression(self, batch: Batch, draws: Draws) -> Regression:  # noqa: ARG002
+        """The loss of a batch, with the same draws as `loss`, as the least squares that it is.
+
+        Raises:
+            UserError: a loss that is none.
+        """
+        raise UserError(
+            f"training.optimizer: als solves least squares, and the loss of {self.config.kind} is none; ddpm and edm "
+            "with objective=simple are, others train with adam"
+        )
+
+    def report(self) -> dict[str, float]:
+        """Named numbers to log besides the losses: what the networks have noted since the last call, mostly nothing."""
+        modules = (module for network in self.networks() for module in network.modules())
+        return {
+            name: value for module in modules if isinstance(module, Noting) for name, value in module.noted().items()
+        }
 
     @abstractmethod
     def networks(self) -> list[nn.Module]:

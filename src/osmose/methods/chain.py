@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Annotated, Any
 
+import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny
-from torch import Tensor
+from torch import Tensor, nn
 
 from osmose.data.dataset import DataSpec
 from osmose.gaussian import NOISES, PARAMETRIZATIONS, SCHEDULES, SOLVERS
@@ -17,13 +19,18 @@ from osmose.gaussian.noise import Noise, WhiteNoise
 from osmose.gaussian.parametrization import Parametrization
 from osmose.gaussian.schedule import Level, Schedule
 from osmose.gaussian.solvers import DDIM, Solver
-from osmose.methods.base import GenerativeModel, MethodConfig, NetworkChoice, OnStep, SamplingConfig
+from osmose.methods.base import Batch, GenerativeModel, MethodConfig, NetworkChoice, OnStep, SamplingConfig
+from osmose.methods.moments import Moments
+from osmose.networks.calibration import Levels, calibrations
 from osmose.networks.presets import network_for
 
 SolverChoice = Annotated[SerializeAsAny[Solver], BeforeValidator(SOLVERS.parse)]
 ScheduleChoice = Annotated[SerializeAsAny[Schedule], BeforeValidator(SCHEDULES.parse)]
 ParametrizationChoice = Annotated[SerializeAsAny[Parametrization], BeforeValidator(PARAMETRIZATIONS.parse)]
 NoiseChoice = Annotated[SerializeAsAny[Noise], BeforeValidator(NOISES.parse)]
+
+#: Times at which a continuous schedule is tabulated for networks, and the log-SNR beyond which they are alike.
+_FINE, _LOG_SNR = 1025, 10.0
 
 
 class ProcessConfig(MethodConfig, ABC):
@@ -41,7 +48,35 @@ class ProcessConfig(MethodConfig, ABC):
     def denoiser(self, spec: DataSpec, **outputs: int) -> NetworkDenoiser:
         """The network with fresh weights, read as E[x0 | x_t]; with `num_outputs=2`, and a learned variance."""
         network = self.network.build(spec.shape, num_classes=spec.num_classes if self.conditional else None, **outputs)
+        for calibration in calibrations(network):
+            calibration.set_levels(levels_of(self.schedule, self.parametrization))
         return NetworkDenoiser(network, self.schedule, self.parametrization, bool(outputs))
+
+
+def levels_of(schedule: Schedule, parametrization: Parametrization) -> Levels:
+    """What a network meets on a schedule: all steps of a discrete one, a fine grid of a continuous one.
+
+    Its feature of time is minus the log-SNR, kept in [-10, 10] and brought to [-1, 1].
+    """
+    steps = schedule.native_steps
+    first, count = (1 / steps, steps) if steps else (0.0, _FINE)
+    level = schedule.level(torch.linspace(first, 1, count, dtype=torch.float64))
+    c = parametrization.coefficients(level)
+    columns = (torch.as_tensor(value, dtype=torch.float64).expand(count) for value in c)
+    c_in, _, _, target_signal, target_noise = columns
+    noisy = -schedule.log_snr(level.t).clamp(-_LOG_SNR, _LOG_SNR)
+    low, high = float(noisy.min()), float(noisy.max())
+    time = 2 * (noisy - low) / max(high - low, 1e-9) - 1
+    label = torch.as_tensor(schedule.label(level), dtype=torch.float64)
+    return Levels(label, time, c_in * level.alpha, c_in * level.sigma, target_signal, target_noise)
+
+
+def calibrate(network: nn.Module, items: Iterable[Batch], spec: DataSpec) -> None:
+    """Fit what a network wants to know of the training items; nothing for most, which leave them alone."""
+    if found := calibrations(network):
+        moments = Moments.of(items, spec)
+        for calibration in found:
+            calibration.fit(moments.means[0], moments.scatter / moments.counts.sum())
 
 
 class GaussianSampling(SamplingConfig):

@@ -33,7 +33,7 @@ import copy
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -56,7 +56,7 @@ from osmose.gaussian.trigflow import (
     turned,
 )
 from osmose.methods.base import Batch, GenerativeModel, LossTerms, OnStep, SamplingConfig
-from osmose.methods.chain import ParametrizationChoice, ProcessConfig, ScheduleChoice
+from osmose.methods.chain import ParametrizationChoice, ProcessConfig, ScheduleChoice, calibrate
 from osmose.methods.times import LogNormalTimes, TimesChoice
 from osmose.networks.base import sinusoids
 from osmose.networks.copying import copy_weights
@@ -223,8 +223,17 @@ class Consistency(GenerativeModel):
 
     def prepare(self, items: Iterable[Batch]) -> None:
         count, total = 0, 0.0
-        for batch in items:
-            count, total = count + batch.x0.numel(), total + float(batch.x0.double().square().sum())
+
+        def counted() -> Iterator[Batch]:
+            nonlocal count, total
+            for batch in items:
+                count, total = count + batch.x0.numel(), total + float(batch.x0.double().square().sum())
+                yield batch
+
+        passing = counted()
+        calibrate(self.denoiser, passing, self.spec)
+        for _ in passing:  # where nothing had to be fitted
+            pass
         measured, said = math.sqrt(total / count), self.config.parametrization
         if isinstance(said, EDMParametrization) and not 0.5 < said.sigma_data / measured < 2:
             warnings.warn(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, cast, get_args
 
 import torch
@@ -30,8 +30,15 @@ from osmose.gaussian.parametrization import EDMParametrization, EpsParametrizati
 from osmose.gaussian.schedule import CosineSchedule, Level, LinearSchedule, VarianceExploding
 from osmose.gaussian.solvers import Ancestral, Heun
 from osmose.methods import OBJECTIVES
-from osmose.methods.base import Batch, BoundTerms, LossTerms, OnStep, SamplingConfig
-from osmose.methods.chain import ChainModel, GaussianSampling, ParametrizationChoice, ProcessConfig, ScheduleChoice
+from osmose.methods.base import Batch, BoundTerms, LossTerms, OnStep, Regression, SamplingConfig
+from osmose.methods.chain import (
+    ChainModel,
+    GaussianSampling,
+    ParametrizationChoice,
+    ProcessConfig,
+    ScheduleChoice,
+    calibrate,
+)
 from osmose.methods.objectives import HybridObjective, Objective, Problem, SimpleObjective
 from osmose.methods.times import LogNormalTimes, TimesChoice, UniformTimes
 
@@ -149,6 +156,19 @@ class Diffusion(ChainModel):
 
     def noise(self, draws: Draws) -> Tensor:
         return self.config.noise.sample(draws, self.spec.shape)
+
+    def prepare(self, items: Iterable[Batch]) -> None:
+        calibrate(self.denoiser, items, self.spec)
+
+    def regression(self, batch: Batch, draws: Draws) -> Regression:
+        if not isinstance(self.config.objective, SimpleObjective):
+            return super().regression(batch, draws)
+        t, weight = self.times.draw(draws)
+        level, eps = self.schedule.level(t), self.noise(draws).to(batch.x0.dtype)
+        x, label = self.denoiser.inputs(noised(batch.x0, eps, level), level)
+        weight = torch.ones_like(t) if weight is None else weight
+        target = self.denoiser.target(batch.x0, eps, level)
+        return Regression(self.denoiser.network, x, label, batch.condition, target, weight.to(x))
 
     def loss(self, batch: Batch, draws: Draws) -> LossTerms:
         t, weight = self.times.draw(draws)

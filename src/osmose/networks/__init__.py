@@ -10,6 +10,10 @@ NETWORKS = Registry(
     {
         "unet": ("osmose.networks.unet:UNetConfig", "DDPM's UNet, for images of any size and channel count"),
         "mlp": ("osmose.networks.mlp:MLPConfig", "residual MLP, for points and other flat data"),
+        "tensor-train": (
+            "osmose.networks.tensor_train:TensorTrainConfig",
+            "functional tensor train on top of the best linear prediction, for points and small images",
+        ),
     },
     PRESETS,
 )

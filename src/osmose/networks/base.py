@@ -57,6 +57,14 @@ class NetworkConfig(Config, ABC):
         return []
 
 
+class Noting(ABC):
+    """A module that keeps count of something while it is evaluated, which its training log should tell."""
+
+    @abstractmethod
+    def noted(self) -> dict[str, float]:
+        """Named numbers of the time since the last call."""
+
+
 def sinusoids(label: Tensor, width: int, frequency: float = 1.0) -> Tensor:
     """Sines and cosines of label * frequency * 10000^(-j / (width/2 - 1)), shape (B, width), sines first.
 

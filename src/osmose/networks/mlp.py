@@ -22,6 +22,7 @@ from osmose.networks.base import (
     near_zero_,
     sinusoids,
 )
+from osmose.networks.calibration import Calibration
 from osmose.networks.layers import Linear
 
 
@@ -34,6 +35,9 @@ class MLPConfig(NetworkConfig):
     dropout: float = Field(0.0, ge=0, lt=1)
     modulation: Modulation = Field("add", description=MODULATION)
     time_frequency: float = Field(1.0, gt=0, description=TIME_FREQUENCY)
+    linear: bool = Field(
+        False, description="learn what is left of the best linear prediction, which is fitted to the data's moments"
+    )
 
     def build(self, event_shape: tuple[int, ...], *, num_classes: int | None = None, num_outputs: int = 1) -> nn.Module:
         return MLP(self, event_shape, num_classes, num_outputs)
@@ -70,6 +74,7 @@ class MLP(nn.Module):
         self.event_shape, self.out_shape = tuple(event_shape), (num_outputs * event_shape[0], *event_shape[1:])
         self.config = config
         self.embed = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width), nn.SiLU())
+        self.calibration = Calibration(dimension) if config.linear else None
         self.classes = nn.Embedding(num_classes, width) if num_classes else None
         self.stem = Linear(dimension, width)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
@@ -99,4 +104,8 @@ class MLP(nn.Module):
         for block, follow in zip(self.blocks, followers(after, self.widths), strict=True):
             h = follow(block(h, embedding))
         out: Tensor = self.head(h)
+        if self.calibration is not None:
+            levels = self.calibration.at(label)
+            linear = self.calibration.predicted(self.calibration.centred(x.flatten(1), levels), levels)
+            out = out + nn.functional.pad(linear, (0, out.shape[1] - linear.shape[1]))  # a variance has none
         return out.unflatten(1, self.out_shape)
