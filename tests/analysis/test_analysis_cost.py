@@ -9,6 +9,7 @@ from osmose.data.dataset import DataSpec
 from osmose.methods import METHODS
 from osmose.networks import NETWORKS
 from osmose.training.config import TrainingConfig
+from osmose.training.optimizers import Adam
 
 
 def model_of(network, shape, **values):
@@ -83,13 +84,13 @@ def clock(monkeypatch):
 
     clock = Clock()
     monkeypatch.setattr(cost, "time", clock)
-    step = torch.optim.AdamW.step
+    advance = Adam.advance
 
     def update(*given, **options):
         clock.now += 0.05
-        return step(*given, **options)
+        return advance(*given, **options)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", update)
+    monkeypatch.setattr(Adam, "advance", update)
     return clock
 
 

@@ -26,6 +26,7 @@ from osmose.methods.consistency import LOW_FREQUENCY, Consistency, ConsistencyCo
 from osmose.methods.operator import DSNO, DSNOConfig
 from osmose.methods.students import StudentConfig, Students
 from osmose.training.config import Parent, RunConfig, TrainingConfig
+from osmose.training.optimizers import suited_to
 from osmose.training.progress import Progress, sampling_bar
 from osmose.training.recipes import checked, spread, training_for
 from osmose.training.run import Run, data_of, require_free
@@ -107,7 +108,7 @@ def taught_config(
             hint = f"did you mean 'training.{field}'?" if field in TrainingConfig.model_fields else hint
             raise UserError(f"{name}: unknown field; {hint}")
     training = {n.removeprefix("training."): v for n, v in changes.items() if n.startswith("training.")}
-    suited = cls.training_recipe(teacher.spec)
+    suited = cls.training_recipe(teacher.spec) | suited_to(training)
     whole = override(training_for(teacher.spec, training.get("steps", suited.get("steps"))) | suited, training)
     steps = whole["steps"] if isinstance(whole["steps"], int) else 1
     values = cls.recipe(teacher.spec, data_std) | cls.length_recipe(steps)

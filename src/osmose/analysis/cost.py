@@ -17,6 +17,7 @@ from osmose.methods.base import Batch, GenerativeModel
 from osmose.methods.students import Students
 from osmose.training.config import TrainingConfig
 from osmose.training.ema import EMA
+from osmose.training.optimizers import Work
 from osmose.training.trainer import chosen_precision
 
 #: Seconds that one measured pass may take: larger batches are measured by a part of them.
@@ -103,24 +104,41 @@ def seconds_per_step(model: GenerativeModel, training: TrainingConfig, repeats: 
     model = copy.deepcopy(model).train()
     device, spec, micro = model.device, model.spec, training.batch_size // training.accumulate
     half = chosen_precision(training.precision) == "bf16"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, fused=device.type in ("cpu", "cuda"))
+    optimizer = training.optimizer.build(model, training)
     ema = EMA(model, training.ema)
+
+    made: list[tuple[Batch, StepDraws]] = []
+    first = [0.0]
 
     def learn(items: int) -> None:
         x = torch.randn(items, *spec.shape, generator=torch.Generator().manual_seed(0)).to(device)
         condition = torch.zeros(items, dtype=torch.int64, device=device) if model.config.conditional else None
         batch = Batch(spec.encode(spec.decode(x)), condition)  # values that such data can have
         draws = StepDraws(0, 0, 0, items, items, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            terms = model.loss(batch, draws)
-        terms.per_item.mean().backward()
+        made[:] = [(batch, draws)]
+        with torch.autocast(device.type, torch.bfloat16, enabled=half), torch.set_grad_enabled(optimizer.by_gradient):
+            terms = model.loss(batch, draws.again())
+        first[0] = float(terms.per_item.detach().mean())
+        if optimizer.by_gradient:
+            terms.per_item.mean().backward()
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
             model.after_step([(batch, draws)])
 
+    def value() -> float:
+        with torch.no_grad():
+            return float(model.loss(made[0][0], made[0][1].again()).per_item.mean())
+
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_grad or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad()
+        problem = [(batch, draws) for batch, draws in made]
+        work = Work(
+            first[0],
+            value,
+            lambda: (model.regression(batch, draws.again()) for batch, draws in problem),
+            lambda sums: sums,
+            0,
+        )
+        optimizer.advance(training.lr, work)
         ema.update()
 
     with torch.random.fork_rng():  # dropout
@@ -128,6 +146,8 @@ def seconds_per_step(model: GenerativeModel, training: TrainingConfig, repeats: 
         update()  # the first one makes the optimiser's state
         times = [(_timed(lambda: learn(items), device), _timed(update, device)) for _ in range(repeats)]
     passing, updating = (min(column) for column in zip(*times, strict=True))
+    if optimizer.evaluates:
+        updating *= training.batch_size / items
     return StepTime(passing * training.batch_size / items + updating, items, "bf16" if half else "fp32")
 
 

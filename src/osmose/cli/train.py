@@ -30,6 +30,7 @@ _SAID = {
     "steps": "training.steps",
     "batch_size": "training.batch_size",
     "lr": "training.lr",
+    "optimizer": "training.optimizer.kind",
     "precision": "training.precision",
     "compile": "training.compile",
     "tensorboard": "training.tensorboard",
@@ -72,6 +73,9 @@ class Train:
     steps: Annotated[int | None, arg(help="optimisation steps")] = None
     batch_size: Annotated[int | None, arg(help="items per step")] = None
     lr: Annotated[float | None, arg(help="learning rate after warm-up")] = None
+    optimizer: Annotated[
+        str | None, arg(help="adam, or for tensor trains als (a step is a sweep over all cores) or riemannian")
+    ] = None
     network: Annotated[str | None, arg(help=f"one of: {', '.join(NETWORKS.choices)}")] = None
     schedule: Annotated[str | None, arg(help="linear, cosine, ve, trig or straight")] = None
     precision: Annotated[str | None, arg(help="auto, fp32 or bf16")] = None

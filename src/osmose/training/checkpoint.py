@@ -3,7 +3,7 @@
     checkpoints/step_00001000/
         weights.safetensors     the live weights and buffers
         average.safetensors     the averaged weights
-        optimizer.safetensors   the optimiser's tensors, `index.name`
+        optimizer.safetensors   what the optimizer remembers
         state.json              step, number of updates, losses and parts since the last line of the log, random state
 
 Randomness is a pure function of (seed, step), and so is the order of the data, so the random state that has to be kept
@@ -17,12 +17,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from osmose.errors import UserError
 from osmose.training import files
 from osmose.training.ema import EMA
+from osmose.training.optimizers import Optimizer
 from osmose.training.run import Run, load_weights
 
 
@@ -36,7 +36,7 @@ class Checkpoints:
         """Complete checkpoints, oldest first."""
         return sorted(path for path in self.folder.glob("step_*") if (path / "state.json").is_file())
 
-    def save(self, step: int, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, **more: Any) -> Path:
+    def save(self, step: int, model: nn.Module, ema: EMA, optimizer: Optimizer, **more: Any) -> Path:
         """Write the state after `step` steps, `more` (plain JSON) with it; drop the oldest checkpoints beyond `keep`.
 
         Raises:
@@ -48,7 +48,7 @@ class Checkpoints:
         with files.replacing(path) as temporary:
             files.write_tensors(temporary / "weights.safetensors", model.state_dict())
             files.write_tensors(temporary / "average.safetensors", ema.average)
-            files.write_tensors(temporary / "optimizer.safetensors", _optimizer_tensors(optimizer))
+            files.write_tensors(temporary / "optimizer.safetensors", optimizer.tensors())
             state = {"step": step, "updates": ema.updates, "random": {"seed": self.seed, "step": step}}
             files.write_json(temporary / "state.json", state | more)
             _sync(temporary)
@@ -63,7 +63,7 @@ class Checkpoints:
             old.rename(doomed)
             shutil.rmtree(doomed)
 
-    def restore(self, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def restore(self, model: nn.Module, ema: EMA, optimizer: Optimizer) -> dict[str, Any]:
         """Load the newest checkpoint; return its state.json, at least the step, which is 0 when there is none.
 
         Raises:
@@ -77,24 +77,14 @@ class Checkpoints:
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{path}: damaged ({error}); delete it to continue from the one before") from None
 
-    def _read(self, path: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def _read(self, path: Path, model: nn.Module, ema: EMA, optimizer: Optimizer) -> dict[str, Any]:
         state: dict[str, Any] = files.read_json(path / "state.json")
         if state["random"]["seed"] != self.seed:
             raise UserError(f"{path}: made with seed {state['random']['seed']}, but this run has seed {self.seed}")
         load_weights(model, files.read_tensors(path / "weights.safetensors"), path / "weights.safetensors")
         ema.load(files.read_tensors(path / "average.safetensors"), state["updates"])
-        tensors = files.read_tensors(path / "optimizer.safetensors")
-        per_parameter: dict[int, dict[str, Any]] = {}
-        for key, value in tensors.items():
-            index, _, name = key.partition(".")
-            per_parameter.setdefault(int(index), {})[name] = value
-        optimizer.load_state_dict({"state": per_parameter, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.restore(files.read_tensors(path / "optimizer.safetensors"))
         return state
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": torch.as_tensor(value) for index, s in state.items() for name, value in s.items()}
 
 
 def _sync(folder: Path) -> None:

@@ -12,6 +12,7 @@ from osmose.configuration import Config
 from osmose.data.dataset import DataConfig, DataIdentity, DataSpec
 from osmose.errors import UserError
 from osmose.methods.base import MethodChoice
+from osmose.training.optimizers import AdamConfig, OptimizerChoice
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -22,6 +23,7 @@ class TrainingConfig(Config):
     steps: int = Field(3000, ge=0, description="optimisation steps; 0 for what is fitted in closed form")
     batch_size: int = Field(64, ge=1, description="items per step, over all processes and micro-batches")
     accumulate: int = Field(1, ge=1, description="micro-batches per step; saves memory, changes nothing else")
+    optimizer: OptimizerChoice = AdamConfig()
     lr: float = Field(1e-3, gt=0, description="learning rate after warm-up")
     warmup: int = Field(100, ge=0, description="steps over which the learning rate rises from 0")
     decay: Literal["none", "linear", "cosine"] = Field("linear", description="of the learning rate, to 0 at the end")

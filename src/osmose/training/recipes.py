@@ -12,8 +12,11 @@ import torch
 from osmose.configuration import override
 from osmose.data.dataset import DataConfig, Dataset, DataSpec
 from osmose.errors import UserError
+from osmose.gaussian.draws import StepDraws
 from osmose.methods import METHODS, TAUGHT
+from osmose.methods.base import Batch
 from osmose.training.config import RunConfig, TrainingConfig
+from osmose.training.optimizers import suited_to
 from osmose.training.progress import Progress
 from osmose.training.run import Run
 from osmose.training.trainer import Trainer
@@ -40,7 +43,6 @@ def recipe(method: str, data: DataConfig, dataset: Dataset, seed: int, changes: 
         )
     # Complete, so that an override may reach into a part that the recipe does not mention (schedule.num_steps=500).
     values = cls.parse(cls.recipe(dataset.spec, spread(dataset))).to_json()
-    suited = cls.training_recipe(dataset.spec)
     training = {
         name.removeprefix("training."): value for name, value in changes.items() if name.startswith("training.")
     }
@@ -49,6 +51,7 @@ def recipe(method: str, data: DataConfig, dataset: Dataset, seed: int, changes: 
         if name in TrainingConfig.model_fields and name not in fields:
             raise UserError(f"{name}: unknown field; did you mean 'training.{name}'?")
     ours = {name: value for name, value in changes.items() if not name.startswith("training.")}
+    suited = cls.training_recipe(dataset.spec) | suited_to(training)
     whole = override(training_for(dataset.spec, training.get("steps", suited.get("steps"))) | suited, training)
     steps = whole["steps"]
     return RunConfig.parse(
@@ -146,6 +149,12 @@ def checked(config: RunConfig) -> RunConfig:
         raise UserError(
             f"training.steps: {steps} is not valid: {config.method.kind} is fitted in closed form, in 0 steps"
         )
+    if trains:
+        config.training.optimizer.check(config.training)
+        optimizer = config.training.optimizer.build(model, config.training)
+        if not optimizer.by_gradient:
+            some = Batch(torch.zeros(2, *config.spec.shape), torch.zeros(2, dtype=torch.int64))
+            model.regression(some, StepDraws(0, 0, 0, 2, 2))
     return config
 
 

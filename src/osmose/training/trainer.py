@@ -17,13 +17,14 @@ from osmose.data.batches import BatchOrder
 from osmose.data.dataset import Dataset
 from osmose.data.pictures import has_picture, picture
 from osmose.errors import UserError
-from osmose.gaussian.draws import Draws, StepDraws, mix, seeded
+from osmose.gaussian.draws import StepDraws, mix, seeded
 from osmose.methods import COMPOSED
-from osmose.methods.base import Batch, GenerativeModel
+from osmose.methods.base import Batch, GenerativeModel, LossTerms
 from osmose.training import files
 from osmose.training.checkpoint import Checkpoints
 from osmose.training.config import RunConfig
 from osmose.training.ema import EMA
+from osmose.training.optimizers import Work
 from osmose.training.progress import Progress
 from osmose.training.run import Run
 from osmose.training.window import Window
@@ -90,13 +91,7 @@ class Trainer:
             with torch.no_grad():
                 self.model.prepare(self._items())
         self.ema = EMA(self.model, self.config.ema)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=self.config.lr,
-            betas=self.config.betas,
-            weight_decay=self.config.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
+        self.optimizer = self.config.optimizer.build(self.model, self.config)
         self.window = Window()
         state = self.checkpoints.restore(self.model, self.ema, self.optimizer)
         self.step = int(state["step"])
@@ -145,7 +140,8 @@ class Trainer:
                 window.grad_norm = grad_norm
                 self.progress.advance(window)
                 if self.step % self.config.log_every == 0:
-                    self._log(window.drain(self._summed), lr=self.config.lr_at(self.step - 1))
+                    noted = self.model.report()
+                    self._log(window.drain(self._summed) | noted, lr=self.config.lr_at(self.step - 1))
                 last, asked = self.step == self.config.steps, self._agreed(stopped)
                 self.asked = asked
                 if last or self.step % self.config.validate_every == 0:
@@ -159,35 +155,68 @@ class Trainer:
         return True
 
     def optimise(self, window: Window) -> float:
-        """One optimisation step; the norm of its gradient."""
+        """One optimisation step; the norm of its gradient, 0 where the optimizer needs none."""
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr_at(self.step)
-        items = self.order.indices(self.step)
-        parts: list[tuple[Batch, Draws]] = []
-        for index in range(self.config.accumulate):
-            start = index * self.micro + self.accelerator.process_index * self.share
-            draws = StepDraws(self.seed, self.step, start, start + self.share, self.config.batch_size, self.device)
-            batch = self._batch(items[start : start + self.share], draws)
-            parts.append((batch, draws))
-            torch.manual_seed(mix(self.seed, "dropout", self.step, start))
-            final = index == self.config.accumulate - 1
-            with contextlib.nullcontext() if final else self.accelerator.no_sync(self.parallel):
-                with self.accelerator.autocast():
-                    terms = self.parallel(batch, draws)
-                self.accelerator.backward(terms.per_item.mean() / self.config.accumulate)
+        parts, value, norm = self._parts(), 0.0, 0.0
+        # The noise as it is before the losses draw it, for those that look at the batch again.
+        kept = [(batch, draws.again()) for batch, draws in parts] if self.optimizer.evaluates else []
+        for index, (batch, draws) in enumerate(parts):
+            terms = self._learn(batch, draws, final=index == len(parts) - 1)
             window.add(terms)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or float("inf"))
-        if not bool(torch.isfinite(norm)):
+            value += float(terms.per_item.detach().double().mean()) / len(parts)
+        if self.optimizer.by_gradient:
+            clip = self.config.clip_grad or float("inf")
+            norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip))
+        if not math.isfinite(norm if self.optimizer.by_gradient else value):
             bad = ~terms.per_item.detach().isfinite().cpu()  # of the batch, those that are to blame, if it shows
             times = terms.t[bad] if terms.t is not None and bool(bad.any()) else terms.t
             self._diverged("the loss is no longer finite", self.step + 1, times)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        work = Work(
+            value=self._mean(value),
+            loss=lambda: self._loss(kept),
+            regressions=lambda: (self.model.regression(batch, draws.again()) for batch, draws in kept),
+            summed=lambda sums: self._summed(sums).to(sums.device),
+            seed=mix(self.seed, "optimizer", self.step),
+        )
+        window.notes = self.optimizer.advance(self.config.lr_at(self.step), work)
         self.ema.update()
         with torch.no_grad(), self.accelerator.autocast():
             self.model.after_step(parts)
-        return float(norm)
+        return norm
+
+    def _parts(self) -> list[tuple[Batch, StepDraws]]:
+        """This process's share of the step's batch, in micro-batches, each with its randomness."""
+        items = self.order.indices(self.step)
+        parts: list[tuple[Batch, StepDraws]] = []
+        for index in range(self.config.accumulate):
+            start = index * self.micro + self.accelerator.process_index * self.share
+            draws = StepDraws(self.seed, self.step, start, start + self.share, self.config.batch_size, self.device)
+            parts.append((self._batch(items[start : start + self.share], draws), draws))
+        return parts
+
+    def _learn(self, batch: Batch, draws: StepDraws, final: bool) -> LossTerms:
+        """The losses of a micro-batch, and their gradient where the optimizer needs it."""
+        torch.manual_seed(mix(self.seed, "dropout", self.step, draws.start))
+        if not self.optimizer.by_gradient:
+            with torch.no_grad(), self.accelerator.autocast():
+                return self.model.loss(batch, draws)
+        with contextlib.nullcontext() if final else self.accelerator.no_sync(self.parallel):
+            with self.accelerator.autocast():
+                terms: LossTerms = self.parallel(batch, draws)
+            self.accelerator.backward(terms.per_item.mean() / self.config.accumulate)
+        return terms
+
+    def _loss(self, parts: list[tuple[Batch, StepDraws]]) -> float:
+        """The mean loss of the step's batch over all processes, at the weights as they are, with the step's noise."""
+        value = 0.0
+        with torch.no_grad(), self.accelerator.autocast():
+            for batch, draws in parts:
+                value += float(self.model.loss(batch, draws.again()).per_item.double().mean()) / len(parts)
+        return self._mean(value)
+
+    def _mean(self, value: float) -> float:
+        """The mean over all processes."""
+        return float(self._summed(torch.tensor(value, dtype=torch.float64))) / self.accelerator.num_processes
 
     def _items(self) -> Iterator[Batch]:
         """The training part in batches, with its classes where there are any."""
@@ -210,19 +239,12 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
         """Loss of the averaged weights on held-out items, in all, by quartile of t, in parts; always the same noise."""
-        held_out, labels = self.dataset.held_out, self.dataset.held_out_labels
-        count = min(self.config.validation_items, len(held_out))
-        items = torch.randperm(len(held_out), generator=seeded(self.seed, "validation"))[:count]
         window = Window()
         with self.ema.applied():
             self.model.eval()
-            for start in range(0, count, self.micro):
-                part = items[start : start + self.micro]
-                x0 = self.run.config.spec.encode(held_out[part].to(self.device))
-                draws = StepDraws(self.seed, _VALIDATION, start, start + len(part), count, self.device)
+            for batch, draws in validation_batches(self.run.config, self.dataset, self.device):
                 with self.accelerator.autocast():
-                    terms = self.model.loss(Batch(x0, self._classes(labels, part)), draws)
-                window.add(terms)
+                    window.add(self.model.loss(batch, draws))
         return {f"validation_{name}": value for name, value in window.losses(lambda sums: sums).items()}
 
     def preview(self) -> None:
@@ -283,6 +305,21 @@ class Trainer:
             f"{what} at step {step}{times}; last good checkpoint: "
             f"{saved[-1] if saved else 'none yet'}; a lower learning rate or a smaller training.clip_grad usually helps"
         )
+
+
+def validation_batches(
+    config: RunConfig, dataset: Dataset, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Batch, StepDraws]]:
+    """The held-out items that a run is validated on, in batches, with the randomness that each has every time."""
+    held_out, training = dataset.held_out, config.training
+    labels = dataset.held_out_labels if config.method.conditional else None
+    count, size = min(training.validation_items, len(held_out)), training.batch_size // training.accumulate
+    items = torch.randperm(len(held_out), generator=seeded(config.seed, "validation"))[:count]
+    for start in range(0, count, size):
+        part = items[start : start + size]
+        draws = StepDraws(config.seed, _VALIDATION, start, start + len(part), count, device)
+        x0 = config.spec.encode(held_out[part].to(device))
+        yield Batch(x0, None if labels is None else labels[part].to(device)), draws
 
 
 def built(config: RunConfig) -> GenerativeModel:

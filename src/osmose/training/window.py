@@ -22,6 +22,7 @@ class Window:
         self.parts: list[str] = []
         self.sums = torch.zeros(2, len(_LOSSES), dtype=torch.float64)  # sum and weight of the losses, then of the parts
         self.seconds, self.grad_norm = 0.0, 0.0
+        self.notes: dict[str, float] = {}  # of the optimizer, on its last step
         self.items = 0
 
     def add(self, terms: LossTerms) -> None:
@@ -58,5 +59,6 @@ class Window:
         values = self.losses(reduce)
         rate = float(self.sums[1, 0]) / self.seconds if self.seconds else 0.0
         values |= {"grad_norm": self.grad_norm, "seconds": round(self.seconds, 4), "items_per_second": round(rate, 2)}
+        values |= self.notes
         self.clear()
         return values
