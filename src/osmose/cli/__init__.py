@@ -20,6 +20,14 @@ COMMANDS = {
         "osmose.cli.tangents:Tangents",
         "how far a run is from a consistency model, angle by angle",
     ),
+    "analyze cost": (
+        "osmose.cli.cost:Cost",
+        "what runs cost to hold, to run and to train: operations, bytes, seconds",
+    ),
+    "analyze landscape": (
+        "osmose.cli.landscape:Landscape",
+        "the loss around the weights of runs, on a plane through them",
+    ),
     "distill tract": (
         "osmose.cli.distill:Tract",
         "teach a run to sample in a few steps, in few phases of any length",
