@@ -43,6 +43,10 @@ STUDIES = Registry(
             "osmose.studies.dsno_ablation:DSNOAblation",
             "a whole trajectory in one call: with layers along time and without, at 1 to 8 times",
         ),
+        "tensor-train": (
+            "osmose.studies.tensor_train:TensorTrainStudy",
+            "tensor-train noise models against networks: error, memory, time, convergence, landscapes, by distribution",
+        ),
         "vlb": ("osmose.studies.vlb:VLB", "the likelihood bound as the loss: gradient noise, bits, samples"),
     },
 )

@@ -10,10 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 
-def panels(count: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side, legible at the width of a GitHub page."""
-    figure = Figure(figsize=(6.5, 4) if count == 1 else (4.8 * count, 3.8), dpi=130, layout="constrained")
-    axes = [figure.add_subplot(1, count, index + 1) for index in range(count)]
+def panels(count: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure with panels side by side, in rows of `count`, legible at the width of a GitHub page."""
+    size = (6.5, 4) if count == rows == 1 else (4.8 * count, 3.8 * rows)
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    axes = [figure.add_subplot(rows, count, index + 1) for index in range(count * rows)]
     for panel in axes:
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)

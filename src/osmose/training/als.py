@@ -65,7 +65,7 @@ class ALSConfig(TrainOptimizerConfig):
     kind: Literal["als"] = "als"
     ridge: float = Field(1e-2, gt=0, description="lambda of the first sweep")
     ridge_decay: float = Field(0.5, gt=0, le=1, description="factor of lambda from sweep to sweep")
-    ridge_min: float = Field(1e-6, gt=0, description="lambda does not fall below")
+    ridge_min: float = Field(1e-3, gt=0, description="lambda does not fall below")
     tolerance: float | None = Field(
         None, gt=0, lt=1, description="adapt ranks: the share of the norm that cutting a bond may lose; null: keep them"
     )
