@@ -63,7 +63,7 @@ class TensorTrainConfig(NetworkConfig):
         8, description="of all bonds, less where a mode allows less; or of each bond, exactly, from left to right"
     )
     degree: int | tuple[int, ...] = Field(16, description="of the functions of all coordinates, or of each")
-    basis: BasisName = Field("hermite", description="hermite, legendre, chebyshev, b-spline or fourier")
+    basis: BasisName = Field("legendre", description="legendre, hermite, chebyshev, b-spline or fourier")
     domain: float = Field(
         4.0, gt=0, description="deviations up to which functions reach; values beyond are taken to the nearest end"
     )

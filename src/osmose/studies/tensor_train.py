@@ -64,8 +64,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "als-adaptive": (_ALS | {"training.optimizer.tolerance": 0.05}, "ALS, ranks up to 4 adapted"),
     "gradient": (_RIEMANNIAN | {"training.optimizer.direction": "gradient"}, "Riemannian steepest descent"),
     "armijo": (_RIEMANNIAN | {"training.optimizer.line_search": "armijo"}, "Riemannian CG, Armijo's search"),
-    "hermite": (_TRAIN | {"network.basis": "hermite"}, "Hermite polynomials"),
-    "legendre": (_TRAIN | {"network.basis": "legendre"}, "Legendre polynomials"),
+    "hermite": (_TRAIN | {"network.basis": "hermite"}, "Hermite instead of Legendre polynomials"),
+    "b-spline": (_TRAIN | {"network.basis": "b-spline", "network.domain": 3.0}, "B-splines on [-3, 3]"),
     "degree-8": (_TRAIN | {"network.degree": 8}, "half of the degree"),
 }
 
