@@ -16,9 +16,6 @@ from osmose.networks import NETWORKS
 from osmose.networks.presets import EVENTS
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from osmose.methods.operator import DSNO
     from osmose.training.config import RunConfig
 
 
@@ -92,24 +89,16 @@ class Info:
         return Result(values, lines, f"osmose train ddpm --data DATA --out RUN --network {name}{words}")
 
     def _run(self, folder: Path) -> Result:
-        from osmose.gaussian.denoiser import NetworkDenoiser
-        from osmose.methods.consistency import SCD
-        from osmose.methods.operator import DSNO
-        from osmose.methods.time_distillation import TimeDistillation
+        from osmose.analysis.budget import make_teachable
         from osmose.metrics.evaluation import headline, read_evaluations
+        from osmose.networks.tensor_train import TensorTrain
         from osmose.training.checkpoint import Checkpoints
         from osmose.training.run import Run
 
         run = Run.open(folder)
         config = run.config
         model = run.model() if run.weights.is_file() else config.method.build(config.spec)
-        if isinstance(model, TimeDistillation):
-            model.begin(model.learner)  # any network of its kind costs what the teacher did
-        elif isinstance(model, SCD):
-            model.begin(model.denoiser)
-        elif isinstance(model, DSNO):
-            own = NetworkDenoiser(model.operator.backbone, model.config.schedule, model.config.parametrization)
-            model.begin(own, _Noise(model))  # and so do any trajectories
+        make_teachable(model)
         cost, costs = _cost(model, config.training)
         evaluations = read_evaluations(run)
         checkpoints = Checkpoints(run, config.training.keep_checkpoints).all()
@@ -132,7 +121,11 @@ class Info:
             else "none: trained from data",
             "made with": ", ".join(f"{name} {version}" for name, version in config.versions.items()),
         }
-        lines = [f"{name:<11} {text}" for name, text in rows.items()]
+        lines: list[Any] = [f"{name:<11} {text}" for name, text in rows.items()]
+        for network in model.networks():
+            if isinstance(network, TensorTrain):  # of which training may have changed the ranks
+                values["table"] = network.table()
+                lines.append(_table(values["table"]))
         lines.append("settings:")
         lines += [f"  {name} = {value}" for name, value in _flat(config.to_json()["method"])]
         lines += [f"  training.{name} = {value}" for name, value in _flat(config.to_json()["training"])]
@@ -166,22 +159,6 @@ class Info:
             lines,
             f"osmose train ddpm --data {source} --out RUN",
         )
-
-
-class _Noise:
-    """Trajectories of nothing for an operator: what it costs to learn from them is the same."""
-
-    def __init__(self, model: DSNO):
-        self.levels, self._model = model.path_levels, model
-
-    def __len__(self) -> int:
-        return 2
-
-    def rows(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        import torch
-
-        states = torch.zeros(len(indices), len(self.levels), *self._model.spec.shape)
-        return states, torch.zeros_like(indices) if self._model.config.conditional else None
 
 
 def _trained(config: RunConfig, step: int) -> str:

@@ -6,6 +6,7 @@ The trainer calls `loss`, everything downstream calls `sample`; neither knows wh
 from __future__ import annotations
 
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -245,10 +246,14 @@ class GenerativeModel(nn.Module, ABC):
 
     def report(self) -> dict[str, float]:
         """Named numbers to log besides the losses: what the networks have noted since the last call, mostly nothing."""
-        modules = (module for network in self.networks() for module in network.modules())
-        return {
-            name: value for module in modules if isinstance(module, Noting) for name, value in module.noted().items()
-        }
+        return {name: value for module in self._noting() for name, value in module.noted().items()}
+
+    def complaints(self) -> list[str]:
+        """What people should know of these numbers."""
+        return [complaint for module in self._noting() if (complaint := module.complaint()) is not None]
+
+    def _noting(self) -> list[Noting]:
+        return [m for network in self.networks() for m in network.modules() if isinstance(m, Noting)]
 
     @abstractmethod
     def networks(self) -> list[nn.Module]:
@@ -329,6 +334,8 @@ class GenerativeModel(nn.Module, ABC):
                 x, nfe = self.generate(draws, sampling, None if part is None else part.to(self.device), report)
                 data = self.spec.decode(x).cpu()
             yield Samples(data.clone(), nfe, time.perf_counter() - start, part)
+        for complaint in self.complaints():
+            warnings.warn(complaint, stacklevel=2)
 
     def sample(self, num_samples: int, **options: Any) -> Samples:
         """Draw samples. The same seed gives the same samples whatever the batch size (to rounding).

@@ -64,6 +64,10 @@ class Noting(ABC):
     def noted(self) -> dict[str, float]:
         """Named numbers of the time since the last call."""
 
+    @abstractmethod
+    def complaint(self) -> str | None:
+        """What people should know of these numbers, in one line; None where all is well. Does not begin anew."""
+
 
 def sinusoids(label: Tensor, width: int, frequency: float = 1.0) -> Tensor:
     """Sines and cosines of label * frequency * 10000^(-j / (width/2 - 1)), shape (B, width), sines first.

@@ -49,6 +49,9 @@ _MOST = 2**23
 #: Size of the train at the start, as a share of what it could be: nearly 0, but on the manifold of its ranks.
 _START = 0.01
 
+#: Share of values outside the domain that is worth a word.
+_OUTSIDE = 0.01
+
 Output = Literal["potential", "block", "separate"]
 
 
@@ -76,19 +79,7 @@ class TensorTrainConfig(NetworkConfig):
         return TensorTrain(self, event_shape, num_classes, num_outputs)
 
     def table(self, event_shape: tuple[int, ...]) -> list[dict[str, Any]]:
-        network = TensorTrain(self, event_shape)
-        names = network.mode_names()
-        return [
-            {
-                "mode": name,
-                "functions": core.shape[2] // (network.count if network.blocks and place == network.middle else 1),
-                "rank_left": core.shape[1],
-                "rank_right": core.shape[3],
-                "trains": core.shape[0],
-                "parameters": core.numel(),
-            }
-            for place, (name, core) in enumerate(zip(names, network.cores, strict=True))
-        ]
+        return TensorTrain(self, event_shape).table()
 
 
 class Prepared(NamedTuple):
@@ -115,7 +106,7 @@ class TensorTrain(nn.Module, Noting):
         count: K, coordinates and values of what the train says.
         middle: the place of the mode of time.
         bonds: effective ranks; what lies beyond them in the cores is 0, and not computed with.
-        beyond: values of coordinates that lay outside the domain since `noted`, and values in all.
+        beyond: values of coordinates that lay outside the domain since `noted` was called, and values in all.
     """
 
     #: How a direction in the space of the weights is scaled (`analysis.landscape`): core by core.
@@ -183,6 +174,20 @@ class TensorTrain(nn.Module, Noting):
         names[half:half] = [*(["class"] if self.num_classes else []), "time" + (", values" if self.blocks else "")]
         return names
 
+    def table(self) -> list[dict[str, Any]]:
+        """The modes with their effective ranks, as `NetworkConfig.table`."""
+        return [
+            {
+                "mode": name,
+                "functions": core.shape[2] // (self.count if self.blocks and place == self.middle else 1),
+                "rank_left": core.shape[1],
+                "rank_right": core.shape[3],
+                "trains": core.shape[0],
+                "parameters": core.numel(),
+            }
+            for place, (name, core) in enumerate(zip(self.mode_names(), self.trains(), strict=True))
+        ]
+
     def _note_bonds(self) -> None:
         self._bonds = [int(bond) for bond in self.bonds.tolist()]
 
@@ -243,11 +248,25 @@ class TensorTrain(nn.Module, Noting):
         """Whether a mode is one of the coordinates."""
         return place < self.count // 2 or place > self.middle
 
-    def noted(self) -> dict[str, float]:
-        """The share of the coordinates' values that lay outside the domain since the last call; nothing where none."""
+    @property
+    def outside(self) -> float:
+        """The share of the coordinates' values that lay outside the domain since `noted` was called; 0 where none."""
         outside, seen = self.beyond
+        return float(outside) / seen if seen else 0.0
+
+    def noted(self) -> dict[str, float]:
+        """The share `outside`."""
+        share = {"outside": self.outside} if self.beyond[1] else {}
         self.beyond = [0, 0]
-        return {"outside": float(outside) / seen} if seen else {}
+        return share
+
+    def complaint(self) -> str | None:
+        if self.outside <= _OUTSIDE:
+            return None
+        return (
+            f"network.domain: {self.outside:.1%} of the values lie beyond {self.config.domain:g} deviations and are "
+            "taken to there; train with a larger network.domain to cover them"
+        )
 
     def prepared(self, x: Tensor, label: Tensor, condition: Tensor | None) -> Prepared:
         """The functions of each mode at an input x (B, *event), label (B,), condition (B,) or None."""

@@ -245,6 +245,8 @@ class Trainer:
             for batch, draws in validation_batches(self.run.config, self.dataset, self.device):
                 with self.accelerator.autocast():
                     window.add(self.model.loss(batch, draws))
+        for complaint in self.model.complaints():
+            self.progress.note(f"note: {complaint}")
         return {f"validation_{name}": value for name, value in window.losses(lambda sums: sums).items()}
 
     def preview(self) -> None:
