@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from types import UnionType
+from typing import Any, ClassVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -59,7 +60,7 @@ class Config(BaseModel):
 
 def _first_line(error: ValidationError, cls: type[BaseModel]) -> ConfigError:
     first = error.errors(include_url=False)[0]
-    path = ".".join(str(part) for part in first["loc"])
+    path = ".".join(_named(cls, first["loc"]))
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, ConfigError):  # of a part in this field: its path continues ours
         return ConfigError(".".join(filter(None, (path, inner.path))), inner.reason)
@@ -72,6 +73,20 @@ def _first_line(error: ValidationError, cls: type[BaseModel]) -> ConfigError:
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     reason = first["msg"].removeprefix("Value error, ").replace("Input should be ", "should be ")
     return ConfigError(path, f"{shown} is not valid: {reason}" if path else reason)
+
+
+def _named(cls: type[BaseModel], location: tuple[str | int, ...]) -> Iterator[str]:
+    """The parts of an error's location, without those that say which member of a union refused the value."""
+    holder: Any = cls
+    for part in location:
+        if get_origin(holder) in (Union, UnionType):
+            members = [member for member in get_args(holder) if member is not type(None)]
+            if len(members) > 1 and isinstance(part, str):
+                continue
+            holder = members[0]
+        if isinstance(holder, type) and issubclass(holder, BaseModel) and part in holder.model_fields:
+            holder = holder.model_fields[str(part)].annotation
+        yield str(part)
 
 
 def _fields_at(cls: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:

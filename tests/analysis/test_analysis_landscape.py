@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from osmose.analysis.landscape import filter_direction, landscapes, write_landscapes
+from osmose.analysis.landscape import landscapes
+from osmose.analysis.landscape_pictures import write_landscapes
+from osmose.analysis.planes import filter_direction
 from osmose.data.dataset import DataConfig, Dataset, DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import seeded

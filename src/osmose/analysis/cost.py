@@ -126,7 +126,7 @@ def seconds_per_step(model: GenerativeModel, training: TrainingConfig, repeats: 
 
     def value() -> float:
         with torch.no_grad():
-            return float(model.loss(made[0][0], made[0][1].again()).per_item.mean())
+            return float(model.loss_again(made[0][0], made[0][1].again()).per_item.mean())
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_grad or float("inf"))

@@ -47,7 +47,8 @@ class Cost:
         import torch
         from rich.table import Table
 
-        from osmose.analysis.budget import budget_of, write_budgets
+        from osmose.analysis.budget import budget_of
+        from osmose.analysis.budget_report import write_budgets
         from osmose.cli.devices import device
         from osmose.training.run import Run
 

@@ -193,7 +193,8 @@ def _cost(model: Any, training: Any) -> tuple[dict[str, Any], dict[str, str]]:
     rows = {"parameters": f"{cost.parameters / 1e6:.3f} million ({cost.parameters:,})"}
     times = []
     if model.networks():
-        rows["operations"] = f"{cost.macs / 1e6:.1f} million multiply-adds per network evaluation of one item"
+        count = f"{cost.macs / 1e6:.1f} million" if cost.macs >= 1e5 else f"{cost.macs:,}"
+        rows["operations"] = f"{count} multiply-adds per network evaluation of one item"
         times.append(f"{cost.seconds * 1e3:.2f} ms per evaluation of one item")
     if step is not None:
         whole = step.items == training.batch_size // training.accumulate

@@ -64,7 +64,8 @@ class Landscape:
                 raise UserError(f"--{name.replace('_', '-')}: {value} is not valid: must be at least {fewest}")
         import torch
 
-        from osmose.analysis.landscape import CAUTIONS, landscapes, write_landscapes
+        from osmose.analysis.landscape import CAUTIONS, landscapes
+        from osmose.analysis.landscape_pictures import write_landscapes
         from osmose.cli.devices import device
         from osmose.training.run import Run, data_of
 

@@ -202,6 +202,10 @@ class GenerativeModel(nn.Module, ABC):
     def loss(self, batch: Batch, draws: Draws) -> LossTerms:
         """The training loss of each item of a batch; all randomness comes from `draws`."""
 
+    def loss_again(self, batch: Batch, draws: Draws) -> LossTerms:
+        """`loss` once more, for an optimizer that looks at a batch again; the law of times learns nothing from it."""
+        return self.loss(batch, draws)
+
     @abstractmethod
     def generate(
         self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: OnStep
@@ -336,6 +340,7 @@ class GenerativeModel(nn.Module, ABC):
             yield Samples(data.clone(), nfe, time.perf_counter() - start, part)
         for complaint in self.complaints():
             warnings.warn(complaint, stacklevel=2)
+        self.report()  # the next samples have complaints of their own
 
     def sample(self, num_samples: int, **options: Any) -> Samples:
         """Draw samples. The same seed gives the same samples whatever the batch size (to rounding).

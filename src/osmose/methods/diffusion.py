@@ -171,13 +171,20 @@ class Diffusion(ChainModel):
         return Regression(self.denoiser.network, x, label, batch.condition, target, weight.to(x))
 
     def loss(self, batch: Batch, draws: Draws) -> LossTerms:
+        return self._weighted(batch, draws, note=self.training)
+
+    def loss_again(self, batch: Batch, draws: Draws) -> LossTerms:
+        return self._weighted(batch, draws, note=False)
+
+    def _weighted(self, batch: Batch, draws: Draws, note: bool) -> LossTerms:
+        """The objective at times of the model's law, with their importance weights."""
         t, weight = self.times.draw(draws)
-        terms = self._losses(batch, t, draws)
+        terms = self._losses(batch, t, draws, note)
         per_item = terms.per_item if weight is None else terms.per_item * column(weight, terms.per_item)
         return LossTerms(per_item, terms.t, terms.parts | self.times.report(t), weight)
 
-    def _losses(self, batch: Batch, t: Tensor, draws: Draws) -> LossTerms:
-        """The objective at given times, as the time sampler sees it: without importance weights."""
+    def _losses(self, batch: Batch, t: Tensor, draws: Draws, note: bool) -> LossTerms:
+        """The objective at given times, as the time sampler sees it, if it is to: without importance weights."""
         first = self.noise(draws).to(batch.x0.dtype)
 
         def noise(index: int) -> Tensor:
@@ -186,7 +193,7 @@ class Diffusion(ChainModel):
             return self.noise(draws.branch("noise", index)).to(batch.x0.dtype)
 
         terms = self.config.objective.losses(self._problem, batch, t, noise)
-        if self.training:
+        if note:
             self.times.observe(t, terms.per_item.detach())
         return terms
 
@@ -195,7 +202,7 @@ class Diffusion(ChainModel):
         for extra in range(self.times.extra_updates):
             for batch, draws in parts:
                 branch = draws.branch("extra", extra)
-                self._losses(batch, self.times.draw(branch)[0], branch)
+                self._losses(batch, self.times.draw(branch)[0], branch, note=True)
             self.times.commit()
 
     def bound(

@@ -48,6 +48,7 @@ from osmose.gaussian.schedule import Level
 from osmose.methods.base import Batch, LossTerms
 from osmose.methods.students import StudentConfig, Students
 from osmose.networks.averaging import newest_share
+from osmose.networks.calibration import calibrations
 
 
 class TimeDistillationConfig(StudentConfig):
@@ -137,6 +138,8 @@ class TimeDistillation(Students):
         self._teacher = [copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)]
         if warm:
             self.learner.network.load_state_dict(teacher.network.state_dict())
+        for own, known in zip(calibrations(self.learner), calibrations(teacher), strict=True):
+            own.load_state_dict(known.state_dict())  # of the data, not of the teacher
 
     @property
     def learner(self) -> NetworkDenoiser:

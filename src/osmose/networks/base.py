@@ -40,7 +40,8 @@ class NetworkConfig(Config, ABC):
         The module is called as `network(x, label, condition)`: x (B, *event_shape), label float32 (B,) on the scale
         0..1000, condition int64 (B,) class indices or None. It returns `num_outputs` values for each value of the
         event, one event after the other along its first axis: (B, num_outputs * event_shape[0], *event_shape[1:]);
-        a learned variance is a second output. All of them are 0 at the start.
+        a learned variance is a second output. All of them are 0 at the start, or what can be said without training
+        (`networks.calibration`), and no more than a trace of anything else.
 
         Raises:
             UserError: the configuration does not fit the shape; the message says what would.

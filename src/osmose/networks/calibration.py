@@ -81,7 +81,11 @@ class Calibration(nn.Module):
             UserError: see `Levels.check`.
         """
         levels.check()
-        self.table = torch.stack(list(levels), 1).to(self.mean)
+        table = torch.stack(list(levels), 1)
+        if len(table) == 1:  # a schedule of one step: the same at every label
+            table = torch.cat([table, table])
+            table[1, 0] += 1
+        self.table = table.to(self.mean)
 
     @torch.no_grad()
     def fit(self, mean: Tensor, covariance: Tensor) -> None:
@@ -97,7 +101,7 @@ class Calibration(nn.Module):
         """The row at each label (B,), (B, 1) each, by linear interpolation; beyond the ends, the row there."""
         labels = self.table[:, 0].contiguous()
         place = label.to(labels)
-        right = torch.searchsorted(labels, place.detach()).clamp(1, len(labels) - 1)
+        right = torch.searchsorted(labels, place.detach().contiguous()).clamp(1, len(labels) - 1)
         low, high = self.table[right - 1], self.table[right]
         share = ((place - low[:, 0]) / (high[:, 0] - low[:, 0])).clamp(0, 1)[:, None]
         return Levels(*torch.lerp(low, high, share).split(1, 1))

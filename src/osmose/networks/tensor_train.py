@@ -106,10 +106,11 @@ class TensorTrain(nn.Module, Noting):
         count: K, coordinates and values of what the train says.
         middle: the place of the mode of time.
         bonds: effective ranks; what lies beyond them in the cores is 0, and not computed with.
-        beyond: values of coordinates that lay outside the domain since `noted` was called, and values in all.
+        last: values of coordinates that lay outside the domain in the last evaluation, and values in all.
+        beyond: the same of all evaluations since `noted` was called.
     """
 
-    #: How a direction in the space of the weights is scaled (`analysis.landscape`): core by core.
+    #: How a direction in the space of the weights is scaled (`analysis.planes`): core by core.
     filters: ClassVar[str] = "whole"
 
     bonds: Tensor
@@ -152,6 +153,7 @@ class TensorTrain(nn.Module, Noting):
         self.register_load_state_dict_post_hook(lambda module, _: module._note_bonds())
         self.calibration = Calibration(dimension)
         self._replaced: Cores | None = None
+        self.last: list[Any] = [0, 0]
         self.beyond: list[Any] = [0, 0]
         self._begin()
 
@@ -160,8 +162,8 @@ class TensorTrain(nn.Module, Noting):
         """Nearly constant, with a random part of every other function, and small."""
         for place, core in enumerate(self.cores):
             core.mul_(0.3 / math.sqrt(core.shape[1] * core.shape[2]))
-            if place != self.middle:
-                core[:, 0, 0, 0] += 1.0
+            if place != self.middle:  # the first function is 1, but of classes it is their sum
+                core[:, 0, :: 1 if self.is_class(place) else core.shape[2], 0] += 1.0
         made = orthogonalized(list(self.cores), self.middle)
         made[self.middle] = made[self.middle] * (_START / made[self.middle].flatten(1).norm(dim=1).view(-1, 1, 1, 1))
         self.set_trains(made)
@@ -201,7 +203,7 @@ class TensorTrain(nn.Module, Noting):
     @torch.no_grad()
     def set_trains(self, cores: Sequence[Tensor]) -> None:
         """Put in other cores, whose ranks may be smaller: the effective ranks are then theirs."""
-        for own, new in zip(self.cores, cores, strict=True):
+        for own, new in zip(self.cores, [core.clone() for core in cores], strict=True):  # they may be our own
             own.zero_()
             own[:, : new.shape[1], :, : new.shape[3]] = new
         self.bonds.copy_(torch.tensor([core.shape[3] for core in cores[:-1]]))
@@ -244,28 +246,26 @@ class TensorTrain(nn.Module, Noting):
         around = sum(chain[k] + cores[k].shape[1] for k in range(len(cores)) if self.is_coordinate(k))
         return sum(chain[:-1]) + sum(chain[1:]) + around
 
+    def is_class(self, place: int) -> bool:
+        """Whether a mode is that of the class."""
+        return self.num_classes is not None and place == self.middle - 1
+
     def is_coordinate(self, place: int) -> bool:
         """Whether a mode is one of the coordinates."""
         return place < self.count // 2 or place > self.middle
 
-    @property
-    def outside(self) -> float:
-        """The share of the coordinates' values that lay outside the domain since `noted` was called; 0 where none."""
-        outside, seen = self.beyond
-        return float(outside) / seen if seen else 0.0
-
     def noted(self) -> dict[str, float]:
-        """The share `outside`."""
-        share = {"outside": self.outside} if self.beyond[1] else {}
-        self.beyond = [0, 0]
-        return share
+        """`outside`: the share of the last evaluation's values that lay outside the domain."""
+        (outside, seen), self.beyond = self.last, [0, 0]
+        return {"outside": float(outside) / seen} if seen else {}
 
     def complaint(self) -> str | None:
-        if self.outside <= _OUTSIDE:
+        outside, seen = self.beyond
+        if not seen or float(outside) / seen <= _OUTSIDE:
             return None
         return (
-            f"network.domain: {self.outside:.1%} of the values lie beyond {self.config.domain:g} deviations and are "
-            "taken to there; train with a larger network.domain to cover them"
+            f"network.domain: {float(outside) / seen:.1%} of the values lie beyond {self.config.domain:g} deviations "
+            "and are taken to there; train with a larger network.domain to cover them"
         )
 
     def prepared(self, x: Tensor, label: Tensor, condition: Tensor | None) -> Prepared:
@@ -279,8 +279,7 @@ class TensorTrain(nn.Module, Noting):
             coordinates, items = centred, law.axes.square() @ law.spread
         deviation = law.variances(levels, items).clamp(min=1e-12).sqrt()
         z = coordinates / deviation
-        with torch.no_grad():
-            self.beyond = [self.beyond[0] + (z.abs() > self.config.domain).sum(), self.beyond[1] + z.numel()]
+        self._count(z)
         potential = self.config.output == "potential"
         columns: list[Tensor | None] = [None] * self.count
         slopes: list[Tensor | None] = [None] * self.count
@@ -307,6 +306,16 @@ class TensorTrain(nn.Module, Noting):
         features[half:half] = between
         slopes[half:half] = [None] * len(between)
         return Prepared(features, slopes, law.predicted(centred, levels))
+
+    @torch.compiler.disable  # it would be compiled anew for every count
+    @torch.no_grad()
+    def _count(self, z: Tensor) -> None:
+        """Note how many values lie outside the domain."""
+        outside: Any = (z.detach().abs() > self.config.domain).sum()
+        if z.device.type == "cpu":  # elsewhere a number would have to be waited for
+            outside = int(outside)
+        self.last = [outside, z.numel()]
+        self.beyond = [self.beyond[0] + outside, self.beyond[1] + z.numel()]
 
     def read(self, parts: Prepared) -> Tensor:
         """The train at prepared inputs, (B, K)."""

@@ -48,7 +48,6 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "mlp-128": (_mlp(128, 3), "a residual MLP, 3 x 128"),
     "mlp-128-linear": (_mlp(128, 3) | {"network.linear": True}, "the same on the linear prediction"),
     "mlp-128-long": (_mlp(128, 3) | {"training.steps": LONG}, "3 x 128, five times the updates"),
-    "mlp-16": (_mlp(16, 2), "a residual MLP, 2 x 16"),
     "tt-r1": (_TRAIN | {"network.rank": 1}, "a potential of rank 1"),
     "tt-r2": (_TRAIN | {"network.rank": 2}, "a potential of rank 2"),
     "tt-r8": (_TRAIN | {"network.rank": 8}, "a potential of rank 8"),
@@ -64,12 +63,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "adam-lr-0.25": (_TRAIN | {"training.lr": 5e-4}, "Adam at a quarter of the rate"),
     "adam-lr-4": (_TRAIN | {"training.lr": 8e-3}, "Adam at four times the rate"),
     "als-ridge-1e-5": (_ALS | {"training.optimizer.ridge_min": 1e-5}, "ALS, lambda down to 1e-5"),
-    "als-batch-32768": (_ALS | {"training.batch_size": 32_768}, "ALS, four times the batch"),
     "als-adaptive": (_ALS | {"training.optimizer.tolerance": 0.05}, "ALS, ranks up to 4 adapted"),
     "gradient": (_RIEMANNIAN | {"training.optimizer.direction": "gradient"}, "Riemannian steepest descent"),
-    "armijo": (_RIEMANNIAN | {"training.optimizer.line_search": "armijo"}, "Riemannian CG, Armijo's search"),
     "hermite": (_TRAIN | {"network.basis": "hermite"}, "Hermite instead of Legendre polynomials"),
-    "b-spline": (_TRAIN | {"network.basis": "b-spline", "network.domain": 3.0}, "B-splines on [-3, 3]"),
     "degree-8": (_TRAIN | {"network.degree": 8}, "half of the degree"),
 }
 
@@ -120,14 +116,14 @@ class TensorTrainStudy(Study):
             return ("tt", "mlp-64", "mlp-64-linear", "mlp-128", "als", "riemannian")
         if self.main == D:
             return tuple(MODELS)
-        return ("tt", "mlp-64", "mlp-64-linear", *(("mlp-128",) if D == 64 else ()))
+        return ("tt", "mlp-64", *(("mlp-128",) if D == 64 else ()))
 
     def settings(self) -> dict[str, tuple[dict[str, Any], str]]:
         """Settings of the optimizers."""
         return {} if self.quick else SETTINGS
 
     def cells(self) -> list[Cell]:
-        main, some = self.main, [(name, *MODELS[name]) for name in ("tt", "mlp-64", "mlp-64-linear")]
+        main, some = self.main, [(name, *MODELS[name]) for name in ("tt", "mlp-64")]
         cells = [
             self._cell(f"{law}:{D}", name, *MODELS[name])
             for law in self.laws
@@ -256,7 +252,7 @@ class TensorTrainStudy(Study):
         claims, main = [], self.main
         for law in self.laws:
             for D in self.dimensions():
-                for k, what in enumerate(("smaller (parameters)", "faster to train (CPU seconds)")):
+                for k, what in enumerate(("smaller (trained numbers)", "faster to train (CPU seconds)")):
 
                     def check(results: Results, law: str = law, D: int = D, k: int = k) -> Finding:
                         trains, networks = self.at_equal_error(results, law, D)
@@ -279,9 +275,11 @@ class TensorTrainStudy(Study):
         return [*(f"{law}-{D}-{name}" for name in self.models(D)), f"times-{D}"]
 
     def at_equal_error(self, results: Results, law: str, D: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Of trains and of networks: fewest parameters and CPU seconds to an error, and the error; arrays over seeds.
+        """Of trains and of networks what it takes to reach an error: arrays over seeds.
 
-        The error is the larger of the best of both families, so that both reach it.
+        They are the fewest trained numbers, the fewest CPU seconds, the smallest peak of bytes in training, and the
+        error itself, each of the member of the family that is best at it. The error is the larger of the best of both
+        families, so that both reach it.
         """
         per_seed: tuple[list[list[float]], list[list[float]]] = ([], [])
         families = [[n for n in self.models(D) if (n in NETWORKS) == networks] for networks in (False, True)]
@@ -290,13 +288,14 @@ class TensorTrainStudy(Study):
             level = max(min(errors[name] for name in family) for family in families)
             for found, family in zip(per_seed, families, strict=True):
                 able = [name for name in family if errors[name] <= level]
-                numbers, seconds = [], []
+                numbers, seconds, peaks = [], [], []
                 for name in able:
                     cell = f"{law}-{D}-{name}"
                     numbers.append(float(results.values(cell, "parameters", at="end")[index]))
+                    peaks.append(float(results.values(cell, "training_bytes", at="end")[index]))
                     step = float(results.values(f"times-{D}", "seconds", model=name).mean())
                     seconds.append(step * steps_to(curve_of(results, cell, index), level))
-                found.append([min(numbers), min(seconds), level])
+                found.append([min(numbers), min(seconds), min(peaks), level])
         trains, networks = (list(np.array(rows).T) for rows in per_seed)
         return trains, networks
 

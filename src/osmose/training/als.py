@@ -2,7 +2,7 @@ r"""Alternating least squares for a functional tensor train.
 
 With all cores but one fixed, the train is linear in that core G, and the loss
 
-    sum_n w_n / D |J_n G - y_n|^2 + lambda |G|^2,    J_n = L_n (x) phi_n (x) R_n,
+    mean_n w_n / D |J_n G - y_n|^2 + lambda |G|^2,    J_n = L_n (x) phi_n (x) R_n,
 
 L and R the products of the cores on its left and right at item n, is solved for exactly; then the next core is taken,
 to the right end and back to the left. With the cores on the left left-orthogonal and those on the right
@@ -213,6 +213,8 @@ class Solver:
         """The core k that is best with the others as they are, (C, r, n, s)."""
         gram, right, items = self.equations(cores, k)
         gram, right = gram / items, right / items
+        if not bool(gram.isfinite().all() and right.isfinite().all()):  # no lambda would be large enough
+            raise RuntimeError(f"the normal equations of core {k + 1} are not finite")
         ridge, eye = self.ridge, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         while True:
             factor, failed = torch.linalg.cholesky_ex(gram + ridge * eye)

@@ -121,7 +121,7 @@ def suited_to(training: Mapping[str, Any]) -> dict[str, Any]:
         UserError: no such optimizer.
     """
     said = training.get("optimizer.kind", training.get("optimizer", "adam"))
-    kind = said.get("kind") if isinstance(said, Mapping) else said
+    kind = said.get("kind") if isinstance(said, Mapping) else getattr(said, "kind", said)
     found: dict[str, Any] = OPTIMIZERS.resolve(str(kind)).training_recipe()
     return found
 

@@ -167,12 +167,14 @@ class Trainer:
         if self.optimizer.by_gradient:
             clip = self.config.clip_grad or float("inf")
             norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip))
+        if self.optimizer.evaluates:  # on all processes: they have to decide alike
+            value = self._mean(value)
         if not math.isfinite(norm if self.optimizer.by_gradient else value):
             bad = ~terms.per_item.detach().isfinite().cpu()  # of the batch, those that are to blame, if it shows
             times = terms.t[bad] if terms.t is not None and bool(bad.any()) else terms.t
             self._diverged("the loss is no longer finite", self.step + 1, times)
         work = Work(
-            value=self._mean(value),
+            value=value,
             loss=lambda: self._loss(kept),
             regressions=lambda: (self.model.regression(batch, draws.again()) for batch, draws in kept),
             summed=lambda sums: self._summed(sums).to(sums.device),
@@ -211,7 +213,7 @@ class Trainer:
         value = 0.0
         with torch.no_grad(), self.accelerator.autocast():
             for batch, draws in parts:
-                value += float(self.model.loss(batch, draws.again()).per_item.double().mean()) / len(parts)
+                value += float(self.model.loss_again(batch, draws.again()).per_item.double().mean()) / len(parts)
         return self._mean(value)
 
     def _mean(self, value: float) -> float:
