@@ -376,7 +376,7 @@ class _Learner:
         for index, (batch, draws) in enumerate(parts):
             terms, waiting = self._learn(batch, draws, passes, live)
             told.activations = told.activations if index else waiting
-            value += float(terms.per_item.detach().double().mean()) / passes
+            value += float(terms.per_item.detach().cpu().double().mean()) / passes
         gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
         self._taught |= set(gradients)
         told.gradients = bytes_of(list(gradients.values()))
@@ -409,7 +409,10 @@ class _Learner:
     def _loss(self, parts: list[tuple[Batch, StepDraws]]) -> float:
         """The mean loss at the weights as they are."""
         with torch.no_grad(), self._autocast():
-            losses = [float(self.model.loss(batch, draws.again()).per_item.double().mean()) for batch, draws in parts]
+            losses = [
+                float(self.model.loss_again(batch, draws.again()).per_item.cpu().double().mean())
+                for batch, draws in parts
+            ]
         return sum(losses) / len(losses)
 
     def _part(self, first: int, items: int, total: int) -> tuple[Batch, StepDraws]:

@@ -12,7 +12,8 @@ Li et al. (arXiv 1712.09913):
               checkpoint.
 
 Weights that are one function may be written in many ways. A module that has a method `canonical_()` brings its own into
-one form, and is asked to before weights are compared or moved.
+one form, and is asked to before weights are compared or moved; one that has `align_(other)` brings those of a
+checkpoint into the form that is nearest to the final ones.
 """
 
 from __future__ import annotations
@@ -123,6 +124,7 @@ def subject_of(run: Run, name: str) -> Subject:
         source = checkpoint / "weights.safetensors"
         load_weights(scratch, files.read_tensors(source), source)
         _canonical(scratch)
+        _align(scratch, model)
         steps.append(int(checkpoint.name.removeprefix("step_")))
         path.append(_vector(scratch) - theta)
     rows = torch.stack(path) if path else theta.new_zeros(0, len(theta))
@@ -137,6 +139,14 @@ def _canonical(model: nn.Module) -> bool:
         for form in forms:
             form()
     return bool(forms)
+
+
+def _align(model: nn.Module, final: nn.Module) -> None:
+    """Bring every part that knows how to into the form that is nearest to that of the final weights."""
+    for own, known in zip(model.modules(), final.modules(), strict=True):
+        if (align := getattr(own, "align_", None)) is not None:
+            with torch.no_grad():
+                align(known)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

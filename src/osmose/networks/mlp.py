@@ -105,7 +105,8 @@ class MLP(nn.Module):
             h = follow(block(h, embedding))
         out: Tensor = self.head(h)
         if self.calibration is not None:
-            levels = self.calibration.at(label)
-            linear = self.calibration.predicted(self.calibration.centred(x.flatten(1), levels), levels)
+            with torch.autocast(x.device.type, enabled=False):  # errors of half precision are not small beside it
+                levels = self.calibration.at(label)
+                linear = self.calibration.predicted(self.calibration.centred(x.flatten(1), levels), levels)
             out = out + nn.functional.pad(linear, (0, out.shape[1] - linear.shape[1]))  # a variance has none
         return out.unflatten(1, self.out_shape)

@@ -20,6 +20,7 @@ noise level then. Of more values than components, the others have the linear pre
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, cast
@@ -27,6 +28,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from osmose.errors import UserError
 from osmose.networks.base import NetworkConfig, Noting
@@ -40,8 +42,12 @@ from osmose.networks.trains import (
     products_left,
     products_right,
     rounded,
+    times_left,
+    times_right,
 )
 
+#: Rank of all bonds where nothing is said.
+_RANK = 8
 #: Principal components that an image has where nothing is said.
 _COMPONENTS = 16
 #: Numbers that an evaluation without gradient holds at a time, at most.
@@ -62,13 +68,14 @@ class TensorTrainConfig(NetworkConfig):
     output: Output = Field(
         "potential", description="gradient of one scalar train, one train with a block core, or a train for each value"
     )
-    rank: int | tuple[int, ...] = Field(
-        8, description="of all bonds, less where a mode allows less; or of each bond, exactly, from left to right"
+    rank: int | tuple[int, ...] | None = Field(
+        None,
+        description="of all bonds, less where a mode allows less; or of each bond, exactly, left to right; null: 8",
     )
     degree: int | tuple[int, ...] = Field(16, description="of the functions of all coordinates, or of each")
     basis: BasisName = Field("legendre", description="legendre, hermite, chebyshev, b-spline or fourier")
     domain: float = Field(
-        4.0, gt=0, description="deviations up to which functions reach; values beyond are taken to the nearest end"
+        4.0, gt=0, description="deviations up to which functions reach; beyond they are constant (fourier: periodic)"
     )
     time_degree: int = Field(5, ge=1, description="of the Legendre polynomials of time, a feature of the log-SNR")
     coordinates: int | None = Field(
@@ -222,6 +229,21 @@ class TensorTrain(nn.Module, Noting):
         """The same function in the one gauge that does not depend on how it was found: to compare weights in."""
         self.set_trains(rounded([core.detach() for core in self.trains()], self._bonds))
 
+    def align_(self, other: TensorTrain) -> None:
+        """The same function in the gauge that is nearest to the canonical one of another: bond by bond a rotation.
+
+        Canonical forms of nearly equal trains may differ in signs and in the order of nearly equal singular values.
+        """
+        last = len(self.cores) - 1
+        own, known = (orthogonalized([core.detach() for core in n.trains()], last) for n in (self, other))
+        for k in range(last):
+            if own[k].shape != known[k].shape:
+                return  # other ranks: nothing to be near to
+            a, b = (core.flatten(1, 2) for core in (own[k], known[k]))
+            u, _, v = torch.linalg.svd(a.transpose(1, 2) @ b)  # orthogonal Procrustes
+            own[k], own[k + 1] = times_right(own[k], u @ v), times_left((u @ v).transpose(1, 2), own[k + 1])
+        self.set_trains(own)
+
     def macs(self) -> int:
         """Multiply-adds of the matrix products of one evaluation of one item: C r m s for each mode.
 
@@ -264,8 +286,9 @@ class TensorTrain(nn.Module, Noting):
         if not seen or float(outside) / seen <= _OUTSIDE:
             return None
         return (
-            f"network.domain: {float(outside) / seen:.1%} of the values lie beyond {self.config.domain:g} deviations "
-            "and are taken to there; train with a larger network.domain to cover them"
+            f"network.domain: {float(outside) / seen:.1%} of the values lie beyond {self.config.domain:g} deviations, "
+            f"where functions {'repeat' if self.config.basis == 'fourier' else 'are constant'}; train with a larger "
+            "network.domain to cover them"
         )
 
     def prepared(self, x: Tensor, label: Tensor, condition: Tensor | None) -> Prepared:
@@ -341,16 +364,24 @@ class TensorTrain(nn.Module, Noting):
                 f"network: built for events {self.event_shape} with one label each; "
                 f"{tuple(x.shape)} with labels {tuple(label.shape)} given"
             )
-        rows = len(x) if torch.is_grad_enabled() else max(1, _MOST // self._widest())
+        rows = max(1, _MOST // self._widest())
         # In half precision a product of many matrices loses too many digits.
         with torch.autocast(x.device.type, enabled=False):
-            outputs = []
-            for start in range(0, len(x), max(1, rows)):
-                part = slice(start, start + rows)
-                parts = self.prepared(x[part], label[part], None if condition is None else condition[part])
-                outputs.append(parts.linear + self.placed(self.read(parts)))
-            out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            if len(x) <= rows:
+                out = self._answer(x, label, condition)
+            else:  # a part at a time, which is computed once more for the backward pass: memory does not grow
+                parts = zip(
+                    x.split(rows),
+                    label.split(rows),
+                    itertools.repeat(None) if condition is None else condition.split(rows),
+                    strict=False,
+                )
+                out = torch.cat([checkpoint(self._answer, *part, use_reentrant=False) for part in parts])
         return out.to(x.dtype).unflatten(1, self.event_shape)
+
+    def _answer(self, x: Tensor, label: Tensor, condition: Tensor | None) -> Tensor:
+        parts = self.prepared(x, label, condition)
+        return parts.linear + self.placed(self.read(parts))
 
     def _widest(self) -> int:
         """The numbers of one item that are held at once, about."""
@@ -415,13 +446,15 @@ def _each(name: str, value: int | tuple[int, ...], count: int, of: str) -> list[
     return numbers
 
 
-def _ranks(rank: int | tuple[int, ...], sizes: list[int]) -> list[int]:
+def _ranks(rank: int | tuple[int, ...] | None, sizes: list[int]) -> list[int]:
     """The rank of each bond.
 
     Raises:
         UserError: more than a mode allows.
     """
     most = largest_ranks(sizes)
+    if rank is None:
+        return [min(_RANK, own) for own in most]
     numbers = _each("rank", rank, len(most), "bond")
     if isinstance(rank, int):
         if rank > max(most):

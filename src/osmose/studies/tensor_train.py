@@ -48,6 +48,8 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "mlp-128": (_mlp(128, 3), "a residual MLP, 3 x 128"),
     "mlp-128-linear": (_mlp(128, 3) | {"network.linear": True}, "the same on the linear prediction"),
     "mlp-128-long": (_mlp(128, 3) | {"training.steps": LONG}, "3 x 128, five times the updates"),
+    "mlp-16-linear": (_mlp(16, 2) | {"network.linear": True}, "2 x 16 on the linear prediction"),
+    "mlp-8-linear": (_mlp(8, 1) | {"network.linear": True}, "1 x 8 on the linear prediction"),
     "tt-r1": (_TRAIN | {"network.rank": 1}, "a potential of rank 1"),
     "tt-r2": (_TRAIN | {"network.rank": 2}, "a potential of rank 2"),
     "tt-r8": (_TRAIN | {"network.rank": 8}, "a potential of rank 8"),
@@ -63,7 +65,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "adam-lr-0.25": (_TRAIN | {"training.lr": 5e-4}, "Adam at a quarter of the rate"),
     "adam-lr-4": (_TRAIN | {"training.lr": 8e-3}, "Adam at four times the rate"),
     "als-ridge-1e-5": (_ALS | {"training.optimizer.ridge_min": 1e-5}, "ALS, lambda down to 1e-5"),
-    "als-adaptive": (_ALS | {"training.optimizer.tolerance": 0.05}, "ALS, ranks up to 4 adapted"),
+    "als-adaptive": (
+        _ALS | {"network.rank": 8, "training.optimizer.tolerance": 0.1},
+        "ALS, ranks up to 8 cut to a tenth of the norm",
+    ),
     "gradient": (_RIEMANNIAN | {"training.optimizer.direction": "gradient"}, "Riemannian steepest descent"),
     "hermite": (_TRAIN | {"network.basis": "hermite"}, "Hermite instead of Legendre polynomials"),
     "degree-8": (_TRAIN | {"network.degree": 8}, "half of the degree"),
@@ -88,13 +93,18 @@ class TensorTrainStudy(Study):
 
     The time to an error is the number of steps to it, on the held-out loss less that of the exact noise model on the
     same items and noise, times the CPU seconds of a step, which are measured in turns in one process for all
-    configurations of a dimension. The verdict on the claim, smaller and faster at equal error, compares families: of
-    the best errors of trains and of networks the larger one is taken, and of each family the member that reaches it
-    with the fewest trained numbers, and the one that is there first.
+    configurations of a dimension. The verdict on the claim, smaller and faster at equal error, is given at D = 8, where
+    both families come in several sizes: of the best errors of trains and of networks the larger one is taken, and of
+    each family the member that reaches it with the fewest numbers (trained, and fitted to the data before), the one
+    that is there first, and the one that takes the least memory in training. It holds for these budgets: nothing here
+    is trained to its end, and bases and degree of the trains were chosen on such data, nothing of the MLPs was.
     """
 
     title = "Tensor trains as noise models: smaller and faster to train than networks, at equal error?"
     source = "Tensor-Train Diffusion Models (Baddar and Eigel 2024), section 4.1: a plan of nine points without results"
+
+    def seeds(self) -> tuple[int, ...]:
+        return (0,) if self.quick else (0, 1)
 
     @property
     def laws(self) -> tuple[str, ...]:
@@ -113,28 +123,29 @@ class TensorTrainStudy(Study):
     def models(self, D: int) -> tuple[str, ...]:
         """What is trained on data of D dimensions."""
         if self.quick:
-            return ("tt", "mlp-64", "mlp-64-linear", "mlp-128", "als", "riemannian")
+            return ("tt", "mlp-64-linear", "mlp-64", "mlp-128", "als", "riemannian")
         if self.main == D:
             return tuple(MODELS)
-        return ("tt", "mlp-64", *(("mlp-128",) if D == 64 else ()))
+        return ("tt", "mlp-64-linear")
 
     def settings(self) -> dict[str, tuple[dict[str, Any], str]]:
         """Settings of the optimizers."""
         return {} if self.quick else SETTINGS
 
     def cells(self) -> list[Cell]:
-        main, some = self.main, [(name, *MODELS[name]) for name in ("tt", "mlp-64")]
+        main, some = self.main, [(name, *MODELS[name]) for name in ("tt", "mlp-64-linear")]
         cells = [
             self._cell(f"{law}:{D}", name, *MODELS[name])
             for law in self.laws
             for D in self.dimensions()
             for name in self.models(D)
         ]
-        for law in (f"gaussian:{main}", *(() if self.quick else (f"chain:{main}:0.5", f"chain:{main}:0.05"))):
+        gaussian = [f"gaussian:{D}" for D in self.dimensions()]
+        for law in (*gaussian, *(() if self.quick else (f"chain:{main}:0.5", f"chain:{main}:0.05"))):
             cells += [self._cell(law, *of) for of in some]
         cells += [self._cell(f"{SET_ON}:{main}", name, *of, setting=True) for name, of in self.settings().items()]
         cells += self._digits()
-        both = tuple(f"{self.laws[0]}-{main}-{name}" for name in ("tt", "mlp-64"))
+        both = tuple(f"{self.laws[0]}-{main}-{name}" for name in ("tt", "mlp-64-linear"))
         looks = {"points": 5 if self.quick else 11}
         data = self._data(f"{self.laws[0]}:{main}")
         cells.append(Cell("landscape", None, data, {}, looks, "losses around weights", both))
@@ -251,50 +262,51 @@ class TensorTrainStudy(Study):
     def claims(self) -> list[Claim]:
         claims, main = [], self.main
         for law in self.laws:
-            for D in self.dimensions():
-                for k, what in enumerate(("smaller (trained numbers)", "faster to train (CPU seconds)")):
+            for k, what in enumerate(("fewer numbers", "fewer CPU seconds of training", "less memory in training")):
 
-                    def check(results: Results, law: str = law, D: int = D, k: int = k) -> Finding:
-                        trains, networks = self.at_equal_error(results, law, D)
-                        return lower(np.log10(trains[k]), np.log10(networks[k]))
+                def check(results: Results, law: str = law, k: int = k) -> Finding:
+                    trains, networks = self.at_equal_error(results, law)
+                    return lower(np.log10(trains[k]), np.log10(networks[k]))
 
-                    text = f"{law}, D = {D}: at equal error a tensor train is {what} than a network; log10 of both"
-                    claims.append(Claim(text, self.family(law, D), check))
+                text = f"{law}, D = {main}: at equal error a tensor train takes {what} than a network (log10 of both)"
+                claims.append(Claim(text, self.family(law), check))
         for law in self.laws:
-            train = f"{law}-{main}-tt"
-            for name in ("mlp-64", "mlp-128"):
-                text = f"{law}, D = {main}: a potential of rank 4 errs less than {name} after the same updates by Adam"
-                claims.append(Claim.lower(text, train, f"{law}-{main}-{name}", "excess", at="end"))
+            for D in self.dimensions():
+                text = f"{law}, D = {D}: a potential of rank 4 errs less than an MLP 2 x 64 on the linear prediction"
+                claims.append(Claim.lower(text, f"{law}-{D}-tt", f"{law}-{D}-mlp-64-linear", "excess", at="end"))
             for name, words in (("als", "ALS"), ("riemannian", "Riemannian descent")):
                 text = f"{law}, D = {main}: {words} errs less than Adam on the same train"
-                claims.append(Claim.lower(text, f"{law}-{main}-{name}", train, "excess", at="end"))
+                claims.append(Claim.lower(text, f"{law}-{main}-{name}", f"{law}-{main}-tt", "excess", at="end"))
         return claims
 
-    def family(self, law: str, D: int) -> list[str]:
-        """Cells of all models on a law, and that of their times."""
-        return [*(f"{law}-{D}-{name}" for name in self.models(D)), f"times-{D}"]
+    def family(self, law: str) -> list[str]:
+        """Cells of all models on a law at the main dimension, and that of their times."""
+        return [*(f"{law}-{self.main}-{name}" for name in self.models(self.main)), f"times-{self.main}"]
 
-    def at_equal_error(self, results: Results, law: str, D: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def at_equal_error(self, results: Results, law: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Of trains and of networks what it takes to reach an error: arrays over seeds.
 
-        They are the fewest trained numbers, the fewest CPU seconds, the smallest peak of bytes in training, and the
-        error itself, each of the member of the family that is best at it. The error is the larger of the best of both
-        families, so that both reach it.
+        They are the fewest numbers, trained and fitted, the fewest CPU seconds, the smallest peak of bytes in training,
+        and the error itself, each of the member of the family that is best at it. The error is the larger of the best
+        of both families, so that both reach it.
         """
-        per_seed: tuple[list[list[float]], list[list[float]]] = ([], [])
-        families = [[n for n in self.models(D) if (n in NETWORKS) == networks] for networks in (False, True)]
+        main, per_seed = self.main, tuple[list[list[float]], list[list[float]]](([], []))
+        families = [[n for n in self.models(main) if (n in NETWORKS) == networks] for networks in (False, True)]
         for index in range(len(results.seeds)):
-            errors = {n: float(results.values(f"{law}-{D}-{n}", "excess", at="end")[index]) for n in self.models(D)}
-            level = max(min(errors[name] for name in family) for family in families)
+
+            def end(name: str, column: str, index: int = index) -> float:
+                return float(results.values(f"{law}-{main}-{name}", column, at="end")[index])
+
+            level = max(min(end(name, "excess") for name in family) for family in families)
             for found, family in zip(per_seed, families, strict=True):
-                able = [name for name in family if errors[name] <= level]
-                numbers, seconds, peaks = [], [], []
-                for name in able:
-                    cell = f"{law}-{D}-{name}"
-                    numbers.append(float(results.values(cell, "parameters", at="end")[index]))
-                    peaks.append(float(results.values(cell, "training_bytes", at="end")[index]))
-                    step = float(results.values(f"times-{D}", "seconds", model=name).mean())
-                    seconds.append(step * steps_to(curve_of(results, cell, index), level))
+                able = [name for name in family if end(name, "excess") <= level]
+                numbers = [end(name, "parameters") + end(name, "fitted") for name in able]
+                peaks = [end(name, "training_bytes") for name in able]
+                seconds = [
+                    steps_to(curve_of(results, f"{law}-{main}-{name}", index), level)
+                    * float(results.values(f"times-{main}", "seconds", model=name).mean())
+                    for name in able
+                ]
                 found.append([min(numbers), min(seconds), min(peaks), level])
         trains, networks = (list(np.array(rows).T) for rows in per_seed)
         return trains, networks

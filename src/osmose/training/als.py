@@ -145,6 +145,7 @@ class ALS(Optimizer):
         self.network.set_trains(orthogonalized(cores, last))
         self.sweeps += 1
         told = {"loss_after": work.loss(), "ridge": solver.largest_ridge, "solves": float(2 * last + 1)}
+        told["singular"] = float(solver.singular)
         return told | ({} if config.tolerance is None else {"rank": float(self.network.bonds.max())})
 
     def _to_the_right(self, core: Tensor, after: Tensor, most: int, noise: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -180,10 +181,11 @@ class Solver:
 
     Attributes:
         largest_ridge: the largest lambda that was needed.
+        singular: how many of the systems had no single solution but for lambda.
     """
 
     def __init__(self, network: TensorTrain, work: Work, ridge: float):
-        self.network, self.work, self.ridge, self.largest_ridge = network, work, ridge, ridge
+        self.network, self.work, self.ridge, self.largest_ridge, self.singular = network, work, ridge, ridge, 0
         self._kept: list[Part] = []
         held = 0
         for part in self._fresh():
@@ -215,6 +217,7 @@ class Solver:
         gram, right = gram / items, right / items
         if not bool(gram.isfinite().all() and right.isfinite().all()):  # no lambda would be large enough
             raise RuntimeError(f"the normal equations of core {k + 1} are not finite")
+        self.singular += _singular(gram)
         ridge, eye = self.ridge, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         while True:
             factor, failed = torch.linalg.cholesky_ex(gram + ridge * eye)
@@ -304,6 +307,13 @@ class Solver:
             gram[0] += crossed(packed(L) * weight, functions).T @ packed(Rs)
             right[0] += joint.T @ R
             right[0] += plain.T @ torch.einsum("bk,bks->bs", y[:, after:], Rs)
+
+
+def _singular(gram: Tensor) -> bool:
+    """Whether one of some normal equations (C, P, P) has directions about which the data say nothing."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    pivots, largest = factor.diagonal(dim1=1, dim2=2).square(), gram.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
+    return bool(failed.any()) or bool((pivots < 1e-13 * largest).any())
 
 
 def packed_size(n: int) -> int:

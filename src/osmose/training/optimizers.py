@@ -198,12 +198,16 @@ def only_train(kind: str, model: nn.Module) -> TensorTrain:
         UserError: another network, or parameters besides; the message names one.
     """
     found = [m for m in model.modules() if isinstance(m, TensorTrain) and m.cores[0].requires_grad]
+    if found and found[0].cores[0].device.type == "mps":
+        raise UserError(
+            f"training.optimizer: {kind} computes in float64, which mps has not; train with ACCELERATE_USE_CPU=true"
+        )
     own = {id(core) for train in found for core in train.cores}
     others = [name for name, value in model.named_parameters() if value.requires_grad and id(value) not in own]
     if len(found) != 1 or others:
         what = f"{others[0]!r} is no core of one" if others else f"this model has {len(found)} of them"
         raise UserError(
-            f"training.optimizer: {kind} trains one tensor train and nothing else, and {what}; use --network "
-            "tensor-train, or optimizer adam"
+            f"training.optimizer: {kind} trains one tensor train and nothing else, and {what}; use optimizer adam"
+            + ("" if found else ", or --network tensor-train")
         )
     return found[0]

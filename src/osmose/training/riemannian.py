@@ -11,7 +11,7 @@ projecting it there, and is brought back to the manifold by rounding (Steinlechn
 
 `exact`    the minimum along the tangent: there the train is linear in the length a, and a loss of least squares a
            parabola, of which value, slope and one more value are known; times the learning rate
-`armijo`   twice the last one
+`armijo`   twice the last one, times the learning rate
 
 and in both cases halved until the loss after the rounding has come down by 0.0001 of what the slope promises. Losses
 are those of the step's batch, with its noise.
@@ -131,12 +131,12 @@ class Riemannian(Optimizer):
     def _length(self, point: Point, descent: Cores, slope: float, lr: float, work: Work) -> float:
         """The length to begin with."""
         if self.config.line_search == "armijo":
-            return 2 * self.length
+            return 2 * lr * self.length
         trial = self.length
         with self.network.replaced(self._cast(point.train([trial * d for d in descent], 1.0))):
             bend = (work.loss() - work.value - trial * slope) / trial**2
         if not bend > 0:  # flat to rounding, or no parabola
-            return 2 * self.length
+            return 2 * lr * self.length
         return lr * -slope / (2 * bend)
 
     def _cast(self, cores: Cores) -> Cores:

@@ -163,7 +163,7 @@ class Trainer:
         for index, (batch, draws) in enumerate(parts):
             terms = self._learn(batch, draws, final=index == len(parts) - 1)
             window.add(terms)
-            value += float(terms.per_item.detach().double().mean()) / len(parts)
+            value += float(terms.per_item.detach().cpu().double().mean()) / len(parts)
         if self.optimizer.by_gradient:
             clip = self.config.clip_grad or float("inf")
             norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip))
@@ -213,7 +213,8 @@ class Trainer:
         value = 0.0
         with torch.no_grad(), self.accelerator.autocast():
             for batch, draws in parts:
-                value += float(self.model.loss_again(batch, draws.again()).per_item.double().mean()) / len(parts)
+                terms = self.model.loss_again(batch, draws.again())
+                value += float(terms.per_item.cpu().double().mean()) / len(parts)
         return self._mean(value)
 
     def _mean(self, value: float) -> float:
@@ -224,7 +225,10 @@ class Trainer:
         """The training part in batches, with its classes where there are any."""
         labels = self.dataset.train_labels
         for part in torch.arange(len(self.dataset.train)).split(1024):
-            yield Batch(self._batch(part, None).x0, None if labels is None else labels[part].to(self.device))
+            x0, classes = self._batch(part, None).x0, None if labels is None else labels[part].to(self.device)
+            yield Batch(x0, classes)
+            if self.config.flip:  # it is trained on both
+                yield Batch(x0.flip(-1), classes)
 
     def _batch(self, items: Tensor, draws: StepDraws | None) -> Batch:
         x0 = self.run.config.spec.encode(self.dataset.train[items].to(self.device))
