@@ -498,10 +498,12 @@ def test_counting_does_not_make_it_compile_again_and_again():
     network, counter = built((3,)), CompileCounter()
     x, label, _ = inputs(network)
     compiled = torch.compile(network, backend=counter)
-    for _ in range(3):
+    frames = []
+    for _ in range(5):
         got = compiled(x, label)
+        frames.append(counter.frame_count)
     assert torch.allclose(got, network(x, label), rtol=1e-12)
-    assert counter.frame_count <= 2
+    assert frames[1:] == [frames[1]] * 4
     torch._dynamo.reset()
 
 
@@ -531,7 +533,7 @@ def test_values_outside_the_domain_are_counted(output):
     with torch.no_grad():
         network(x[:1], label[:1])
         network(x[1:2], label[1:2])
-    assert network.noted() == {"outside": 2 / 6}
+    assert network.noted() == {"outside": 2 / 3}  # of the last evaluation: what a resumed run logs as well
     # More than one in a hundred are worth a word, which does not begin the count anew.
     network(x, label)
     assert network.complaint().startswith("network.domain: 25.0% of the values lie beyond 2 deviations")

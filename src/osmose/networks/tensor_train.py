@@ -278,7 +278,7 @@ class TensorTrain(nn.Module, Noting):
 
     def noted(self) -> dict[str, float]:
         """`outside`: the share of the last evaluation's values that lay outside the domain."""
-        (outside, seen), self.beyond = self.last, [0, 0]
+        (outside, seen), self.last, self.beyond = self.last, [0, 0], [0, 0]
         return {"outside": float(outside) / seen} if seen else {}
 
     def complaint(self) -> str | None:
@@ -337,7 +337,7 @@ class TensorTrain(nn.Module, Noting):
         outside: Any = (z.detach().abs() > self.config.domain).sum()
         if z.device.type == "cpu":  # elsewhere a number would have to be waited for
             outside = int(outside)
-        self.last = [outside, z.numel()]
+        self.last = [self.last[0] + outside, self.last[1] + z.numel()]
         self.beyond = [self.beyond[0] + outside, self.beyond[1] + z.numel()]
 
     def read(self, parts: Prepared) -> Tensor:
@@ -364,6 +364,7 @@ class TensorTrain(nn.Module, Noting):
                 f"network: built for events {self.event_shape} with one label each; "
                 f"{tuple(x.shape)} with labels {tuple(label.shape)} given"
             )
+        self.last = [0, 0]
         rows = max(1, _MOST // self._widest())
         # In half precision a product of many matrices loses too many digits.
         with torch.autocast(x.device.type, enabled=False):
