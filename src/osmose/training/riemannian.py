@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from osmose.training.config import TrainingConfig
 
 #: The share of the promised descent that has to come true, and how often a step is halved for it.
-_ARMIJO, _HALVINGS = 1e-4, 12
+_ARMIJO, _HALVINGS = 1e-4, 20
 
 
 class RiemannianConfig(TrainOptimizerConfig):
