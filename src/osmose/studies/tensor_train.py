@@ -103,6 +103,9 @@ class TensorTrainStudy(Study):
     title = "Tensor trains as noise models: smaller and faster to train than networks, at equal error?"
     source = "Tensor-Train Diffusion Models (Baddar and Eigel 2024), section 4.1: a plan of nine points without results"
 
+    def seeds(self) -> tuple[int, ...]:
+        return (0,) if self.quick else (0, 1)
+
     @property
     def laws(self) -> tuple[str, ...]:
         """The laws whose number of coordinates is varied."""
