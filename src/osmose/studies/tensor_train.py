@@ -48,6 +48,7 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "mlp-128": (_mlp(128, 3), "a residual MLP, 3 x 128"),
     "mlp-128-linear": (_mlp(128, 3) | {"network.linear": True}, "the same on the linear prediction"),
     "mlp-128-long": (_mlp(128, 3) | {"training.steps": LONG}, "3 x 128, five times the updates"),
+    "mlp-32-linear": (_mlp(32, 2) | {"network.linear": True}, "2 x 32 on the linear prediction"),
     "mlp-16-linear": (_mlp(16, 2) | {"network.linear": True}, "2 x 16 on the linear prediction"),
     "mlp-8-linear": (_mlp(8, 1) | {"network.linear": True}, "1 x 8 on the linear prediction"),
     "tt-r1": (_TRAIN | {"network.rank": 1}, "a potential of rank 1"),
@@ -60,6 +61,8 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
 }
 #: Those of them that are networks; the others are trains.
 NETWORKS = tuple(name for name in MODELS if name.startswith("mlp"))
+#: Laws on which the number of cores is varied on data of `WIDE` dimensions, and those numbers.
+CORES_ON, WIDE, COORDINATES = ("chain", "mixture"), 16, (4, 8, 16)
 #: Settings of the optimizers, one changed at a time, and bases.
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "adam-lr-0.25": (_TRAIN | {"training.lr": 5e-4}, "Adam at a quarter of the rate"),
@@ -103,9 +106,6 @@ class TensorTrainStudy(Study):
     title = "Tensor trains as noise models: smaller and faster to train than networks, at equal error?"
     source = "Tensor-Train Diffusion Models (Baddar and Eigel 2024), section 4.1: a plan of nine points without results"
 
-    def seeds(self) -> tuple[int, ...]:
-        return (0,) if self.quick else (0, 1)
-
     @property
     def laws(self) -> tuple[str, ...]:
         """The laws whose number of coordinates is varied."""
@@ -132,6 +132,21 @@ class TensorTrainStudy(Study):
         """Settings of the optimizers."""
         return {} if self.quick else SETTINGS
 
+    def cores(self) -> dict[str, tuple[str, str, dict[str, Any], str]]:
+        """Cells of trains in some of the principal components of data: by name law, model, changes, what it is."""
+        if self.quick:
+            return {}
+        return {
+            f"{law}-{WIDE}-tt-{k}": (
+                f"{law}:{WIDE}",
+                f"tt-{k}",
+                _TRAIN | {"network.coordinates": k},
+                f"a potential of rank 4 in {k} principal components",
+            )
+            for law in CORES_ON
+            for k in COORDINATES
+        }
+
     def cells(self) -> list[Cell]:
         main, some = self.main, [(name, *MODELS[name]) for name in ("tt", "mlp-64-linear")]
         cells = [
@@ -144,6 +159,7 @@ class TensorTrainStudy(Study):
         for law in (*gaussian, *(() if self.quick else (f"chain:{main}:0.5", f"chain:{main}:0.05"))):
             cells += [self._cell(law, *of) for of in some]
         cells += [self._cell(f"{SET_ON}:{main}", name, *of, setting=True) for name, of in self.settings().items()]
+        cells += [self._cell(*of) for of in self.cores().values()]
         cells += self._digits()
         both = tuple(f"{self.laws[0]}-{main}-{name}" for name in ("tt", "mlp-64-linear"))
         looks = {"points": 5 if self.quick else 11}

@@ -85,6 +85,9 @@ def tables(study: TensorTrainStudy, results: Results) -> dict[str, list[dict[str
         "4. Number of coordinates of the data, and with it of cores, D + 1": [
             row(c, "parameters", "linear", "excess", "explained") for c in cells(each, two)
         ],
+        "4. Number of cores alone: K principal components of data of one dimension, K + 1 cores": [
+            row(c, "parameters", "linear", "excess", "explained") for c in study.cores() if c in results.rows
+        ],
         "5. Settings of the optimizers, basis and degree": [
             row(c, "items_seen", "excess", "explained") for c in settings
         ],
