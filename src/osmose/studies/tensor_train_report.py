@@ -182,7 +182,13 @@ def _by_parameters(study: TensorTrainStudy, results: Results) -> Figure:
         "block, rank 8": ("block",),
         "separate, rank 4": ("separate",),
         "MLP": ("mlp-64", "mlp-128"),
-        "MLP on the linear prediction": ("mlp-8-linear", "mlp-16-linear", "mlp-32-linear", "mlp-64-linear", "mlp-128-linear"),
+        "MLP on the linear prediction": (
+            "mlp-8-linear",
+            "mlp-16-linear",
+            "mlp-32-linear",
+            "mlp-64-linear",
+            "mlp-128-linear",
+        ),
     }
     for panel, law in zip(axes, study.laws, strict=True):
         for label, names in families.items():
