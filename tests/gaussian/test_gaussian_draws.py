@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -179,3 +180,106 @@ def test_many_samples_of_a_seed_are_all_different():
     # With 32 bits of seed these two were one and the same.
     one, other = (SampleDraws(0, index, 1).normal((8,)) for index in (23088, 112271))
     assert not torch.equal(one, other)
+
+
+# --- counts ---------------------------------------------------------------------------------------------------------
+
+#: Of 12 items: what is asked for differs from item to item, as it does where it depends on their values.
+UNITS = torch.arange(24).view(12, 2) * 5
+CHANCE = torch.linspace(0.05, 0.95, 24).view(12, 2)
+
+
+def counts(draws, start, stop):
+    """Counts of the items start..stop, among draws of other kinds."""
+    n, p = UNITS[start:stop], CHANCE[start:stop]
+    first = draws.binomial(n, p)
+    return [first, draws.uniform(), draws.poisson(3 * p + first), draws.normal((2,)), draws.binomial(n, p)]
+
+
+@pytest.mark.parametrize("cuts", [[0, 12], [0, 1, 12], [0, 5, 6, 12], list(range(13))])
+def test_counts_of_an_item_do_not_depend_on_the_cut(cuts):
+    for make in (lambda a, b: StepDraws(3, 7, a, b, 12), lambda a, b: SampleDraws(3, a, b - a)):
+        whole = counts(make(0, 12), 0, 12)
+        parts = [counts(make(a, b), a, b) for a, b in itertools.pairwise(cuts)]
+        for index, value in enumerate(whole):
+            assert torch.equal(torch.cat([part[index] for part in parts]), value)
+
+
+def test_what_another_item_is_asked_for_changes_nothing():
+    # How many random numbers a count takes depends on its parameters: other items must not feel it.
+    for make in (lambda: StepDraws(3, 7, 0, 12, 12), lambda: SampleDraws(3, 0, 12)):
+        other = UNITS.clone()
+        other[0] = 1000
+        one, two = make(), make()
+        one.binomial(UNITS, CHANCE)
+        two.binomial(other, CHANCE)
+        assert torch.equal(one.binomial(UNITS, CHANCE)[1:], two.binomial(UNITS, CHANCE)[1:])
+        assert torch.equal(one.uniform()[1:], two.uniform()[1:])
+
+
+def test_counts_do_not_disturb_what_a_step_draws_besides():
+    with_counts, without = StepDraws(3, 7, 0, 12, 12), StepDraws(3, 7, 0, 12, 12)
+    counts(with_counts, 0, 12)
+    without.uniform(), without.normal((2,))
+    assert all(torch.equal(a, b) for a, b in zip(values(with_counts), values(without), strict=True))
+
+
+def test_counts_may_be_drawn_once_more():
+    draws = StepDraws(3, 7, 2, 8, 12)
+    fresh, early = draws.again(), StepDraws(3, 7, 2, 8, 12)
+    first = counts(draws, 2, 8)
+    later = draws.again()
+    second = counts(draws, 2, 8)
+    for got, want in ((fresh, first), (early, first), (later, second)):
+        assert all(torch.equal(a, b) for a, b in zip(counts(got, 2, 8), want, strict=True))
+    assert not torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("make", [lambda: StepDraws(3, 7, 0, 12, 12), lambda: SampleDraws(3, 0, 12)])
+def test_counts_of_a_branch_are_its_own(make):
+    root, used = make(), make()
+    counts(used, 0, 12)
+    want = counts(root.branch("extra", 1), 0, 12)
+    assert all(torch.equal(a, b) for a, b in zip(counts(used.branch("extra", 1), 0, 12), want, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(counts(root, 0, 12), counts(make(), 0, 12), strict=True))
+    seen = {tuple(draws.binomial(UNITS, CHANCE).flatten().tolist()) for draws in (make(), root.branch("extra", 1))}
+    seen |= {tuple(StepDraws(3, step, 0, 12, 12).binomial(UNITS, CHANCE).flatten().tolist()) for step in (7, 8)}
+    assert len(seen) >= 3
+
+
+@pytest.mark.parametrize("make", [lambda n: StepDraws(1, 1, 0, n, n), lambda n: SampleDraws(1, 0, n)])
+def test_the_laws_of_counts(make):
+    size, draws = 2000, make(2000)
+    for p in (0.004, 0.3, 0.97):
+        got = draws.binomial(torch.full((size, 5), 6), torch.full((size, 5), p)).flatten()
+        want = torch.tensor([math.comb(6, k) * p**k * (1 - p) ** (6 - k) for k in range(7)]) * len(got)
+        seen, held = torch.bincount(got, minlength=7), want > 5
+        assert float(((seen - want).square() / want)[held].sum()) < 22.5  # 6 degrees of freedom at most, p = 1e-3
+        assert float(seen[~held].sum()) < 20
+    rate = 2.5
+    got = draws.poisson(torch.full((size, 5), rate)).flatten()
+    want = torch.tensor([math.exp(-rate) * rate**k / math.factorial(k) for k in range(9)]) * len(got)
+    assert float(((torch.bincount(got, minlength=9)[:9] - want).square() / want).sum()) < 26.2  # 8, p = 1e-3
+    # Many units: mean and variance, and neither values of an item nor neighbours go together.
+    got = draws.binomial(torch.full((size, 5), 10_000), torch.full((size, 5), 0.2)).double()
+    assert got.mean().item() == pytest.approx(2000, abs=2)
+    assert got.var().item() == pytest.approx(1600, rel=0.06)
+    assert (torch.corrcoef(got.T) - torch.eye(5)).abs().max() < 0.08
+    assert abs(float(torch.corrcoef(torch.stack([got[:-1, 0], got[1:, 0]]))[0, 1])) < 0.08
+
+
+def test_shapes_types_and_ends_of_counts():
+    for draws in (StepDraws(0, 0, 2, 5, 8), SampleDraws(0, 2, 3)):
+        n = torch.full((3, 2, 4), 7)
+        for p, want in ((torch.zeros(3, 2, 4), 0), (torch.ones(3, 2, 4, dtype=torch.float64), 7)):
+            got = draws.binomial(n, p)
+            assert (got.shape, got.dtype, got.device) == (n.shape, torch.int64, n.device)
+            assert bool((got == want).all())
+        assert bool((draws.binomial(torch.zeros_like(n), torch.full((3, 2, 4), 0.5)) == 0).all())
+        got = draws.poisson(torch.tensor([0.0, 1e4, 3.0]).view(3, 1, 1).expand(3, 2, 4))
+        assert (got.shape, got.dtype) == ((3, 2, 4), torch.int64)
+        assert bool((got[0] == 0).all())
+        assert bool((got[1] > 9000).all())
+        assert draws.poisson(torch.ones(3)).shape == (3,)
+        # A rate that a network gives has a gradient, which counts have not.
+        assert not draws.poisson(torch.ones(3, 2, requires_grad=True)).requires_grad

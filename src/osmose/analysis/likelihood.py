@@ -20,15 +20,17 @@ from osmose.training import files
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The bound of n items in bits per dimension: an upper limit of the negative log-likelihood.
+    """The bound of n items in bits per dimension: an upper limit of the negative log-likelihood, or a density's -log.
 
     Attributes:
         per_item: L of each item, float64 (n,).
         prior: mean of L_T.
         terms: mean of L_0, L_1, ..., L_{K-1}, float64 (K,).
         t: the times of these terms, float64 (K,).
-        distortion: root mean square of x0 - x0_hat at each step, model units, float64 (K,).
-        eps_error: mean square of eps - eps_hat at each step, float64 (K,); its mean over t is L_simple.
+        distortion: root mean square of x0 - x0_hat at each step, model units, float64 (K,); None where there is none.
+        eps_error: mean square of eps - eps_hat at each step, float64 (K,), whose mean over t is L_simple; None where
+            there is no Gaussian noise.
+        is_density: whether the numbers are -log2 of a density in the data's units.
         conditions: part, n, num_steps, variance, clip, seed: what the numbers hold for.
     """
 
@@ -36,8 +38,9 @@ class Likelihood:
     prior: float
     terms: Tensor
     t: Tensor
-    distortion: Tensor
-    eps_error: Tensor
+    distortion: Tensor | None
+    eps_error: Tensor | None
+    is_density: bool
     conditions: dict[str, Any]
 
     @property
@@ -67,12 +70,13 @@ class Likelihood:
             "prior": self.prior,
             "decoder": float(self.terms[0]),
             "transitions": float(self.terms[1:].sum()),
-            "eps_error": float(self.eps_error.mean()),
+            "eps_error": None if self.eps_error is None else float(self.eps_error.mean()),
+            "is_density": self.is_density,
             **self.conditions,
             "t": self.t.tolist(),
             "terms": self.terms.tolist(),
-            "distortion": self.distortion.tolist(),
-            "eps_error_by_t": self.eps_error.tolist(),
+            "distortion": None if self.distortion is None else self.distortion.tolist(),
+            "eps_error_by_t": None if self.eps_error is None else self.eps_error.tolist(),
             "per_item": self.per_item.tolist(),
         }
 
@@ -143,13 +147,16 @@ def likelihood(
         torch.cat([terms.steps for terms in found]) * bits,
         torch.cat([terms.prior for terms in found]) * bits,
     )
+    distances = [terms.x0_error for terms in found if terms.x0_error is not None]
+    errors = [terms.eps_error for terms in found if terms.eps_error is not None]
     return Likelihood(
         per_item=prior + steps.sum(1),
         prior=float(prior.mean()),
         terms=steps.mean(0),
         t=found[0].t,
-        distortion=torch.cat([terms.x0_error for terms in found]).mean(0).sqrt(),
-        eps_error=torch.cat([terms.eps_error for terms in found]).mean(0),
+        distortion=torch.cat(distances).mean(0).sqrt() if distances else None,
+        eps_error=torch.cat(errors).mean(0) if errors else None,
+        is_density=found[0].is_density,
         conditions={
             "part": part,
             "n": len(chosen),
@@ -166,17 +173,20 @@ def write_likelihood(result: Likelihood, folder: Path) -> list[Path]:
     """Write likelihood.json and likelihood.png: the terms against t, and rate against distortion."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    count = 1 if result.distortion is None else 2
+    figure = Figure(figsize=(5 * count, 4), dpi=110, layout="constrained")
+    left, *others = figure.subplots(1, count, squeeze=False)[0]
     # Without L_0: of few levels it is next to nothing, and would leave the others no room on the scale.
     left.plot(result.t[1:], result.terms[1:], linewidth=1.2)
     left.set(xlabel="t (0 = data, 1 = noise)", ylabel="terms L_1, L_2, ... (bits per dimension)")
-    left.set_yscale("log", nonpositive="mask")
+    if bool((result.terms[1:] > 0).all()):
+        left.set_yscale("log")
     left.set_title(f"{result.bits:.3f} ± {result.standard_error:.3f} bits/dim, of which L_0 {result.terms[0]:.3f}")
-    right.plot(result.rate, result.distortion, linewidth=1.2)
-    right.set(xlabel="rate (bits per dimension)", ylabel="distortion (root mean square, data in [-1, 1])")
-    right.set_title("progressive decoding")
-    for axes in (left, right):
+    for right in others:
+        right.plot(result.rate, result.distortion, linewidth=1.2)
+        right.set(xlabel="rate (bits per dimension)", ylabel="distortion (root mean square, model units)")
+        right.set_title("progressive decoding")
+    for axes in (left, *others):
         axes.grid(alpha=0.3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

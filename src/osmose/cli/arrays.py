@@ -7,6 +7,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,8 +26,9 @@ def write_stream(path: Path, parts: Iterator[Samples], count: int, spec: DataSpe
     Raises:
         UserError: not enough space on the disk; nothing is left behind.
     """
-    whole = spec.range is not None and spec.levels is not None and spec.range[0] >= 0 and spec.range[1] <= 255
-    dtype = np.dtype(np.uint8 if whole and float(spec.range[1] - spec.range[0]).is_integer() else np.float32)  # type: ignore[index]
+    dtype: np.dtype[Any] = np.dtype(np.float32)
+    if spec.range is not None and spec.whole:
+        dtype = np.dtype(np.uint8 if spec.range[0] >= 0 and spec.range[1] <= 255 else np.int64)
     needed = count * spec.dimension * dtype.itemsize
     where = path.parent
     while not where.exists():

@@ -76,15 +76,25 @@ class Likelihood:
             )
         paths = write_likelihood(result, out)
         c = result.conditions
+        chain, noise = f"  chain of {c['num_steps']} steps", []
+        if result.eps_error is not None:
+            chain += f", variance {c['variance']}, {'' if c['clip'] else 'not '}clipped"
+            noise = [f"mean squared error of the noise, all t alike: {float(result.eps_error.mean()):.4f}"]
+        bits = f"{result.bits:.4f} ± {result.standard_error:.4f} bits per dimension (standard error)"
+        if result.is_density:
+            first = f"-log2 of the density {bits}, {c['n']} {c['part']} items, in the data's units"
+            guess = []
+        else:
+            first = f"at most {bits}, {c['n']} {c['part']} items, {c['levels']} levels"
+            guess = [f"  guessing, all levels alike, would take {math.log2(c['levels']):.4f}"]
         lines = [
-            f"at most {result.bits:.4f} ± {result.standard_error:.4f} bits per dimension (standard error), "
-            f"{c['n']} {c['part']} items, {c['levels']} levels",
+            first,
             f"  prior L_T       {result.prior:.5f}",
             f"  transitions     {float(result.terms[1:].sum()):.4f}  ({c['num_steps'] - 1} terms)",
             f"  decoder L_0     {float(result.terms[0]):.4f}",
-            f"  chain of {c['num_steps']} steps, variance {c['variance']}, {'' if c['clip'] else 'not '}clipped",
-            f"  guessing, all levels alike, would take {math.log2(c['levels']):.4f}",
-            f"mean squared error of the noise, all t alike: {float(result.eps_error.mean()):.4f}",
+            chain,
+            *guess,
+            *noise,
             "wrote " + ", ".join(map(str, paths)),
         ]
         return Result(

@@ -25,17 +25,25 @@ class Sample:
     the data's own units (8-bit images as uint8) and is written batch by batch, however many samples are asked for.
     Further options of the method are set by name: spacing=karras clip=false solver.eta=0.5.
 
+    A model between two data sets translates the items of --from, an .npz, a .csv or an image; without it samples begin
+    with held-out items of the first one. direction=backward goes the other way.
+
     Of a neural operator (dsno) --trajectory writes whole paths: a .png, or an .npz with `states` (n, times, ...) in the
     model's units from the noise to the sample, and `t`.
     """
 
     model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder")]
-    num: Annotated[int, arg(aliases=["-n"], help="how many samples")] = 64
+    num: Annotated[
+        int | None, arg(aliases=["-n"], help="how many samples; 64 if not given, or as many as --from holds")
+    ] = None
     out: Annotated[Path, arg(help="where to write: .png, .jpg, .webp or .npz")] = Path("samples.png")
     steps: Annotated[int | None, arg(help="solver steps; the method's own number if not given")] = None
     solver: Annotated[str | None, arg(help="ancestral, ddim, heun or dpmpp-2m")] = None
     t_mid: Annotated[
         str | None, arg(metavar="X[,X,...]", help="angles of a consistency model's steps but the first; 1.1 for two")
+    ] = None
+    from_: Annotated[
+        Path | None, arg(name="from", metavar="FILE", help="items to translate: .npz, .csv or an image (interpolant)")
     ] = None
     trajectory: Annotated[bool, arg(help="write whole trajectories (dsno)")] = False
     label: Annotated[
@@ -61,37 +69,57 @@ class Sample:
         suffix = self.out.suffix.lower()
         if suffix not in (*_PICTURES, ".npz"):
             raise UserError(f"--out: {self.out} is not valid: should end in .npz, {', '.join(_PICTURES)}")
-        if suffix != ".npz" and self.num > _MOST_IN_PICTURE:
-            raise UserError(f"--num: {self.num} samples do not fit in a picture; write them to an .npz")
         if self.out.is_dir():
             raise UserError(f"--out: {self.out} is a folder")
         model = Run.open(self.model).model(device(self.device))
         mids = None if self.t_mid is None else angles(self.t_mid)
         options = sampling_options(self.overrides, num_steps=self.steps, solver=self.solver, t_mid=mids)
-        model.sampling(**options)  # refuses before anything is created
+        begin, form = model.ends(model.sampling(**options))  # refuses before anything is created
+        start = None if self.from_ is None else self._items(begin, model.config.kind)
+        num = (64 if start is None else len(start)) if self.num is None else self.num
+        if suffix != ".npz" and num > _MOST_IN_PICTURE:
+            raise UserError(f"--num: {num} samples do not fit in a picture; write them to an .npz")
         if self.trajectory:
-            return self._trajectories(model, suffix)
+            return self._trajectories(model, suffix, num)
         with quiet_warnings(), sampling_bar("sampling", not (self.quiet or self.json)) as on_step:
             parts = model.stream(
-                self.num, seed=self.seed, condition=self.label, batch_size=self.batch_size, on_step=on_step, **options
+                num,
+                seed=self.seed,
+                condition=self.label,
+                batch_size=self.batch_size,
+                on_step=on_step,
+                start=None if start is None else start[:num],
+                **options,
             )
             if suffix == ".npz":
-                nfe, seconds = write_stream(self.out, parts, self.num, model.spec)
+                nfe, seconds = write_stream(self.out, parts, num, form)
             else:
                 drawn = list(parts)
-                image = picture(torch.cat([part.data for part in drawn]), model.spec)
+                image = picture(torch.cat([part.data for part in drawn]), form)
                 nfe, seconds = drawn[0].nfe, sum(part.seconds for part in drawn)
                 with files.replacing(self.out) as temporary:
                     image.save(temporary, format="jpeg" if suffix in (".jpg", ".jpeg") else suffix[1:])
-        values = {"out": str(self.out), "n": self.num, "nfe": nfe, "seconds": round(seconds, 3), "seed": self.seed}
-        rate = f"{self.num / seconds:.1f} samples/s" if seconds else ""
+        values = {"out": str(self.out), "n": num, "nfe": nfe, "seconds": round(seconds, 3), "seed": self.seed}
+        rate = f"{num / seconds:.1f} samples/s" if seconds else ""
         return Result(
             values,
-            [f"wrote {self.out}: {self.num} samples, {nfe} network evaluations each, {seconds:.1f} s ({rate})"],
+            [f"wrote {self.out}: {num} samples, {nfe} network evaluations each, {seconds:.1f} s ({rate})"],
             f"osmose evaluate {self.model}",
         )
 
-    def _trajectories(self, model: Any, suffix: str) -> Result:
+    def _items(self, form: Any, kind: str) -> Any:
+        """What --from holds, when the model has a use for it."""
+        from osmose.data.arrays import load_items
+
+        assert self.from_ is not None
+        if form is None:
+            raise UserError(f"--from: samples of {kind} begin with noise; train interpolant with --source to translate")
+        items = load_items(self.from_, form)
+        if self.num is not None and self.num > len(items):
+            raise UserError(f"--num: {self.num} is more than the {len(items)} items of --from")
+        return items
+
+    def _trajectories(self, model: Any, suffix: str, num: int) -> Result:
         import numpy as np
         import torch
 
@@ -106,7 +134,7 @@ class Sample:
             )
         if suffix not in (".npz", ".png"):
             raise UserError(f"--out: {self.out} is not valid: trajectories are written to .npz or .png")
-        count = self.num if suffix == ".npz" else min(self.num, most_drawn(model.spec))
+        count = num if suffix == ".npz" else min(num, most_drawn(model.spec))
         size = {} if self.batch_size is None else {"batch_size": self.batch_size}
         parts = list(model.trajectories(count, seed=self.seed, condition=self.label, **size))
         states, levels = torch.cat(parts), model.path_levels

@@ -21,10 +21,14 @@ _TRAINED = ", ".join(kind for kind in METHODS.entries if kind not in (*COMPOSED,
 #: Flags that are another way to write an override.
 _SAID = {
     "data": "data.source",
+    "source": "data.start",
+    "paired": "data.paired",
     "data_root": "data.root",
     "size": "data.size",
     "channels": "data.channels",
     "downsample": "data.downsample",
+    "levels": "data.levels",
+    "max_count": "data.max_count",
     "skip_bad": "data.skip_bad",
     "seed": "seed",
     "steps": "training.steps",
@@ -57,12 +61,18 @@ class Train:
             help=f"one of: {', '.join(SOURCES.entries)}; some take an argument: folder:photos, toy:swiss-roll",
         ),
     ] = None
+    source: Annotated[
+        str | None, arg(metavar="DATA", help="data that samples begin with, as --data, instead of noise (interpolant)")
+    ] = None
+    paired: Annotated[bool, arg(help="item i of --data belongs to item i of --source")] = False
     data_root: Annotated[
         Path | None, arg(help="folder that holds mnist/, fashion-mnist/ or cifar10/ ($OSMOSE_DATA_ROOT)")
     ] = None
-    size: Annotated[int | None, arg(help="side that images of folder: and hub: are brought to")] = None
+    size: Annotated[int | None, arg(help="side that images of other sizes are brought to")] = None
     channels: Annotated[int | None, arg(help="1 for grey, 3 for colour (folder: and hub:)")] = None
     downsample: Annotated[int | None, arg(help="average blocks of so many pixels a side; a power of two")] = None
+    levels: Annotated[int | None, arg(help="bring values to so many levels of their range; 2: black-white")] = None
+    max_count: Annotated[int | None, arg(help="largest count that can occur (counts:); found in the data")] = None
     skip_bad: Annotated[bool, arg(help="leave out images that cannot be read")] = False
     init: Annotated[
         Path | None,

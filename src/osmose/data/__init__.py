@@ -21,6 +21,7 @@ SOURCES = Registry(
         "folder": ("osmose.data.folder:load_folder", "folder:PATH, a folder of PNG and JPEG images"),
         "npz": ("osmose.data.arrays:load_npz", "npz:PATH, images or points in a NumPy archive"),
         "csv": ("osmose.data.arrays:load_csv", "csv:PATH, points, one row each, with a header line"),
+        "counts": ("osmose.data.arrays:load_counts", "counts:PATH, whole numbers from 0 on, a .csv or an .npz"),
         "hub": ("osmose.data.hub:load_hub", "hub:NAME, a Hugging Face image data set (needs osmose[hub])"),
     },
 )

@@ -1,4 +1,4 @@
-"""Arrays that a user brings: NumPy archives with images or points, and CSV tables with points.
+"""Arrays that a user brings: NumPy archives with images or points, CSV tables with points, and either with counts.
 
 Nothing pickled is ever read.
 """
@@ -10,15 +10,24 @@ import math
 import zipfile
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from osmose.data.assembly import Part, image_dataset, named_path, points_dataset, require_finite
-from osmose.data.dataset import DataConfig, Dataset
+from osmose.data.assembly import (
+    LARGEST_COUNT,
+    Part,
+    counts_dataset,
+    image_dataset,
+    named_path,
+    points_dataset,
+    require_finite,
+)
+from osmose.data.dataset import DataConfig, Dataset, DataSpec
 from osmose.errors import UserError
 
 TRAIN_KEYS = ("x", "train", "x_train")
@@ -96,7 +105,48 @@ def load_npz(argument: str, config: DataConfig) -> Dataset:
         return _load_archive(source, archive, config)
 
 
+def load_counts(argument: str, config: DataConfig) -> Dataset:
+    """Counts from the table or archive `argument`: a .csv with a header line, or an .npz with arrays as `load_npz` has.
+
+    Arrays are rows (N, D), or images (N, H, W), (N, H, W, C) or (N, C, H, W), of integers or of floats that are whole.
+
+    Raises:
+        UserError: another ending; what `load_csv` and `load_npz` refuse; values that are no counts.
+    """
+    path, source = named_path("counts", argument)
+    if path.suffix.lower() == ".csv":
+        header, table = _table(path, source)
+        if float(table.max()) > LARGEST_COUNT:
+            raise UserError(f"{source}: {float(table.max()):.0f} is not valid: counts end at {LARGEST_COUNT}")
+        return counts_dataset(source, config, Part(table.float()), columns=header)
+    if path.suffix.lower() != ".npz":
+        raise UserError(f"{source}: should end in .csv or .npz")
+    with Archive(path) as archive:
+        parts, split = _parts(source, archive, _count_values)
+    return counts_dataset(source, config, *parts, split=split)
+
+
+def _count_values(source: str, key: str, values: np.ndarray) -> Tensor:
+    """Rows (N, D) or images (N, C, H, W), float32."""
+    if values.dtype.kind in "uif" and values.size:
+        if LARGEST_COUNT < float(values.max()) < math.inf:  # before they become float32, which would round the number
+            raise UserError(f"{source}: array {key!r} holds {values.max():.0f}; counts end at {LARGEST_COUNT}")
+        values = values.astype(np.float32)
+    return _values(source, key, values)
+
+
 def _load_archive(source: str, archive: Archive, config: DataConfig) -> Dataset:
+    parts, split = _parts(source, archive, _values)
+    values = [part.values for part in parts]
+    if values[0].ndim == 2:
+        return points_dataset(source, config, *parts, split=split)
+    if values[0].dtype == torch.uint8:
+        return image_dataset(source, config, *parts, split=split)
+    return image_dataset(source, config, *parts, split=split, value_range=_float_range(source, values), levels=None)
+
+
+def _parts(source: str, archive: Archive, read: Callable[[str, str, np.ndarray], Tensor]) -> tuple[list[Part], str]:
+    """The training part of an archive and, where there is one, the held-out part; and what it is called, in words."""
     key = archive.first(TRAIN_KEYS)
     if key is None:
         known = (*TRAIN_LABEL_KEYS, *HELD_OUT_KEYS, *HELD_OUT_LABEL_KEYS)
@@ -106,21 +156,16 @@ def _load_archive(source: str, archive: Archive, config: DataConfig) -> Dataset:
         key = rest[0]
     held_out_key = archive.first(HELD_OUT_KEYS)
     keys = [key] if held_out_key is None else [key, held_out_key]
-    values = [_values(source, name, archive[name]) for name in keys]
+    values = [read(source, name, archive[name]) for name in keys]
     parts = [
         Part(value, _labels(source, archive, label_keys))
         for value, label_keys in zip(values, (TRAIN_LABEL_KEYS, HELD_OUT_LABEL_KEYS), strict=False)
     ]
-    split = f"the array {held_out_key!r}"
     dtypes = {value.dtype for value in values}
     if len({value.ndim for value in values}) > 1 or len(dtypes) > 1:
         forms = " and ".join(f"{name} {archive[name].dtype} {archive[name].shape}" for name in keys)
         raise UserError(f"{source}: {forms}; both parts need one dtype and shape")
-    if values[0].ndim == 2:
-        return points_dataset(source, config, *parts, split=split)
-    if values[0].dtype == torch.uint8:
-        return image_dataset(source, config, *parts, split=split)
-    return image_dataset(source, config, *parts, split=split, value_range=_float_range(source, values), levels=None)
+    return parts, f"the array {held_out_key!r}"
 
 
 def _values(source: str, key: str, values: np.ndarray) -> Tensor:
@@ -177,6 +222,56 @@ def _float_range(source: str, parts: Sequence[Tensor]) -> tuple[float, float]:
     raise UserError(f"{source}: float images with values {low:g}..{high:g}; bring them into one of {ranges}")
 
 
+def load_items(path: Path, spec: DataSpec) -> Tensor:
+    """Items of a known form, float32 (n, *spec.shape) in data units, from an .npz, a .csv, or the file of one image.
+
+    Of an archive the array `samples` (as `osmose sample` writes it), `x`, `train` or `x_train`, or the only one.
+
+    Raises:
+        UserError: another ending, a file that cannot be read, items of another shape, values that are not finite.
+    """
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if suffix == ".npz":
+        with Archive(path) as archive:
+            key = archive.first(("samples", *TRAIN_KEYS)) or (archive.keys[0] if len(archive.keys) == 1 else None)
+            if key is None:
+                raise UserError(f"{path}: no array samples or x; it holds {', '.join(archive.keys) or 'nothing'}")
+            values = archive[key]
+        if values.dtype.kind not in "uif" or not values.size:
+            raise UserError(f"{path}: array {key!r} has dtype {values.dtype}, shape {values.shape}; numbers are needed")
+        items = torch.from_numpy(values.astype(np.float32))
+        if items.ndim == 3 and len(spec.shape) == 3:
+            items = items[:, None]
+        elif items.ndim == 4 and tuple(items.shape[1:]) == (*spec.shape[1:], spec.shape[0]):
+            items = items if spec.shape == tuple(items.shape[1:]) else items.permute(0, 3, 1, 2).contiguous()
+    elif suffix == ".csv":
+        items = _table(path, path.name, least=1)[1].float()
+    elif suffix in (".png", ".jpg", ".jpeg", ".webp"):
+        if spec.kind != "image" or spec.range is None:
+            raise UserError(f"{path}: an image, and the items are {spec.kind} of shape {spec.shape}; write a .npz")
+        items = _image(path, spec)
+    else:
+        raise UserError(f"{path}: should end in .npz, .csv, .png, .jpg, .jpeg or .webp")
+    if tuple(items.shape[1:]) != spec.shape:
+        raise UserError(f"{path}: items of shape {tuple(items.shape[1:])}; {spec.shape} are needed")
+    require_finite(str(path), "item", items)
+    return items
+
+
+def _image(path: Path, spec: DataSpec) -> Tensor:
+    """One image, (1, C, H, W) in the range of a specification."""
+    try:
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("L" if spec.shape[0] == 1 else "RGB"), dtype=np.float32) / 255
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"{path}: not a readable image ({error})") from None
+    low, high = spec.range or (0.0, 1.0)
+    image = torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)[None]
+    return image * (high - low) + low
+
+
 def load_csv(argument: str, config: DataConfig) -> Dataset:
     """Points (D,) from the comma-separated table `argument`: a header line, then numbers, one point a row.
 
@@ -185,6 +280,12 @@ def load_csv(argument: str, config: DataConfig) -> Dataset:
             a constant column, fewer than 10 rows.
     """
     path, source = named_path("csv", argument)
+    header, table = _table(path, source)
+    return points_dataset(source, config, Part(table.float()), columns=header)
+
+
+def _table(path: Path, source: str, least: int = MINIMUM_ROWS) -> tuple[list[str], Tensor]:
+    """Names of the columns and rows of numbers, float64 (N, D), at least so many."""
     cells = array("d")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -196,10 +297,10 @@ def load_csv(argument: str, config: DataConfig) -> Dataset:
                     cells.extend(_row(source, header, row, reader.line_num))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{source}: not a readable table of text ({error})") from None
-    table = torch.from_numpy(np.array(cells)).reshape(-1, len(header)).float()
-    if len(table) < MINIMUM_ROWS:
-        raise UserError(f"{source}: {len(table)} rows of numbers; at least {MINIMUM_ROWS} are needed")
-    return points_dataset(source, config, Part(table), columns=header)
+    table = torch.from_numpy(np.array(cells)).reshape(-1, len(header))
+    if len(table) < least:
+        raise UserError(f"{source}: {len(table)} rows of numbers; at least {least} are needed")
+    return header, table
 
 
 def _require_header(source: str, header: Sequence[str]) -> None:

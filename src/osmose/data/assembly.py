@@ -1,7 +1,7 @@
 """From arrays to a checked `Dataset`: the one place where parts are checked, split and described.
 
-Images of every source go through `image_dataset`, points of every source through `points_dataset`; a loader only
-reads its format.
+Images of every source go through `image_dataset`, points through `points_dataset`, counts through `counts_dataset`; a
+loader only reads its format.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from osmose.data.splitting import split_indices
 from osmose.errors import UserError
 
 OFFICIAL = "the official test part"
+#: Counts up to here keep their last digit in the model's units, which are float32.
+LARGEST_COUNT = 2**20
 
 
 class Part(NamedTuple):
@@ -82,6 +84,56 @@ def points_dataset(
     return _dataset(source, config, train, held_out, split, class_names, {"kind": "points"}, columns)
 
 
+def counts_dataset(
+    source: str,
+    config: DataConfig,
+    train: Part,
+    held_out: Part | None = None,
+    *,
+    split: str = OFFICIAL,
+    columns: Sequence[str] | None = None,
+) -> Dataset:
+    """A data set of counts: rows (N, D) or images (N, C, H, W) of whole numbers from 0 to `config.max_count`.
+
+    The largest count is that of the data where `max_count` is None. Rows are standardised for the model as points are,
+    images mapped from 0..max_count to [-1, 1].
+
+    Raises:
+        UserError: a value that is negative or no whole number, or above `max_count`; nothing but zeros; see
+            `points_dataset`.
+    """
+    most = 0
+    for name, part in (("train", train), ("held-out", held_out)):
+        if part is None:
+            continue
+        require_finite(source, name, part.values)
+        most = max(most, _require_counts(source, name, part.values, config.max_count, columns))
+    if not most:
+        raise UserError(f"{source}: every count is 0; there is nothing to learn")
+    most = config.max_count or most
+    if train.values.ndim > 2:
+        bounds = (0.0, float(most))
+        return image_dataset(source, config, train, held_out, split=split, value_range=bounds, levels=most + 1)
+    form = {"kind": "counts", "range": (0.0, float(most)), "levels": most + 1}
+    return _dataset(source, config, train, held_out, split, None, form, columns)
+
+
+def _require_counts(source: str, name: str, values: Tensor, most: int | None, columns: Sequence[str] | None) -> int:
+    """The largest of some counts, when all of them are counts."""
+    bad = (values < 0) | (values != values.round())
+    reason = "counts are whole numbers, at least 0"
+    if most is not None and not bool(bad.any()):
+        bad, reason = values > most, f"more than max_count={most}"
+    if bool(bad.any()):
+        index = bad.nonzero()[0].tolist()
+        where = f"row {index[0]}, column {columns[index[1]]!r}" if columns else f"{name} item {index}"
+        raise UserError(f"{source}: {where}: {float(values[tuple(index)]):.10g} is not valid: {reason}")
+    largest = int(values.max())
+    if largest > LARGEST_COUNT:
+        raise UserError(f"{source}: {largest} is not valid: counts end at {LARGEST_COUNT}; divide them")
+    return largest
+
+
 def _dataset(
     source: str,
     config: DataConfig,
@@ -107,7 +159,7 @@ def _dataset(
     if train.values.shape[1:] != held_out.values.shape[1:]:
         shapes = f"{tuple(train.values.shape[1:])} in training, {tuple(held_out.values.shape[1:])} held out"
         raise UserError(f"{source}: items of shape {shapes}; both parts need one shape")
-    if form["kind"] == "points":
+    if form["kind"] in ("points", "counts"):
         form = form | _standardisation(source, train.values, columns)
     return Dataset(
         source=source,

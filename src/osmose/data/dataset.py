@@ -31,6 +31,7 @@ class DataSpec(Config):
     shift: tuple[float, ...] = Field((0.0,), description="per channel (first axis of the event), or one for all")
     scale: tuple[float, ...] = Field((1.0,), description="per channel (first axis of the event), or one for all")
     num_classes: int | None = Field(None, ge=1)
+    start: DataSpec | None = Field(None, description="form of the data that samples begin with, if not noise")
 
     @model_validator(mode="after")
     def _coherent(self) -> DataSpec:
@@ -45,12 +46,28 @@ class DataSpec(Config):
             raise ValueError(f"range {self.range} is empty")
         if self.levels is not None and self.range is None:
             raise ValueError("levels need a range")
+        if self.start is not None and self.start.shape != self.shape:
+            raise ValueError(f"shape {self.shape} is not that of the data to begin with, {self.start.shape}")
         return self
 
     @property
     def dimension(self) -> int:
         """Number of values in one event."""
         return math.prod(self.shape)
+
+    @property
+    def step(self) -> float | None:
+        """The distance of neighbouring levels, data units, or None where there are no levels."""
+        if self.levels is None or self.range is None:
+            return None
+        return (self.range[1] - self.range[0]) / (self.levels - 1)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every value that occurs is a whole number."""
+        return (
+            self.step is not None and self.range is not None and self.step.is_integer() and self.range[0].is_integer()
+        )
 
     @property
     def model_range(self) -> tuple[float, float] | None:
@@ -70,14 +87,29 @@ class DataSpec(Config):
     def decode(self, x: Tensor) -> Tensor:
         """Model units (B, *shape) to data units, float32: inside `range`, and on its `levels` where there are any."""
         shift, scale = self._affine(x)
+        if self.step is not None:
+            low, step = self._lattice()
+            return (self.to_levels(x).to(_fine(x)) * step + low).to(torch.float32)
         x = x.to(torch.float32) * scale + shift
-        if self.range is not None:
-            low, high = self.range
-            x = x.clamp(low, high)
-            if self.levels is not None:
-                step = (high - low) / (self.levels - 1)
-                x = ((x - low) / step).round() * step + low
-        return x
+        return x if self.range is None else x.clamp(*self.range)
+
+    def to_levels(self, x: Tensor) -> Tensor:
+        """Model units (B, *shape) to the numbers 0..levels-1 of the levels, int64; data with levels alone."""
+        shift, scale = self._affine(x)
+        low, step = self._lattice()
+        values = x.to(_fine(x)) * scale + shift
+        return ((values - low) / step).clamp(0, (self.levels or 1) - 1).round().long()
+
+    def from_levels(self, n: Tensor) -> Tensor:
+        """Numbers of levels (B, *shape) to model units, float32; data with levels alone."""
+        shift, scale = self._affine(n)
+        low, step = self._lattice()
+        return ((n.to(_fine(n)) * step + low - shift) / scale).to(torch.float32)
+
+    def _lattice(self) -> tuple[float, float]:
+        if self.range is None or self.step is None:
+            raise UserError(f"data: {self.kind} of shape {self.shape} have no levels, and counts are needed")
+        return self.range[0], self.step
 
     def _affine(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if tuple(x.shape[1:]) != self.shape:
@@ -87,6 +119,11 @@ class DataSpec(Config):
             torch.tensor(self.shift, device=x.device).view(form),
             torch.tensor(self.scale, device=x.device).view(form),
         )
+
+
+def _fine(x: Tensor) -> torch.dtype:
+    """The type in which large counts keep their last digit, where the device has it."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 class DataIdentity(Config):
@@ -111,6 +148,8 @@ class Dataset:
         source: the `--data` argument, without private folders.
         class_names: one per class, or None.
         full_sha256: of downsampled images, the hash of the images as they were read.
+        start: the data that samples begin with, or None for noise.
+        paired: whether item i of each part belongs to item i of the same part of `start`.
     """
 
     source: str
@@ -122,11 +161,16 @@ class Dataset:
     held_out_labels: Tensor | None = None
     class_names: tuple[str, ...] | None = None
     full_sha256: str | None = None
+    start: Dataset | None = None
+    paired: bool = False
 
     @property
     def identity(self) -> DataIdentity:
         """Name, sizes, split and a hash over every value."""
-        digest = hashlib.sha256(self.spec.model_dump_json().encode())
+        # Without `start`, whose own hash is taken in below: what a data set is does not depend on what it is for.
+        digest = hashlib.sha256(self.spec.model_dump_json(exclude={"start"}).encode())
+        if self.start is not None:
+            digest.update(f"{self.start.identity.sha256} {self.paired}".encode())
         for part in (self.train, self.held_out, self.train_labels, self.held_out_labels):
             if part is not None:
                 digest.update(str((tuple(part.shape), part.dtype)).encode())
@@ -172,6 +216,73 @@ class Dataset:
             full_sha256=self.full_sha256 or self.identity.sha256,
         )
 
+    def resized(self, size: int) -> Dataset:
+        """The same square images brought to `size` x `size` pixels, with averaging where they shrink; float32.
+
+        Range, shift and scale stay; `levels` go, since resized values lie between them.
+
+        Raises:
+            UserError: not square images.
+        """
+        if self.spec.kind != "image" or self.spec.shape[1] != self.spec.shape[2]:
+            raise UserError(f"size: {size} is for square images; {self.source} has {self.spec.kind} {self.spec.shape}")
+
+        def brought(images: Tensor) -> Tensor:
+            parts = (
+                functional.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True)
+                for part in images.split(4096)
+            )
+            return torch.cat([part.clamp(*(self.spec.range or (None, None))) for part in parts])
+
+        if self.spec.shape[1] == size:
+            return self
+        spec = self.spec.replace(shape=(self.spec.shape[0], size, size), levels=None)
+        return replace(self, spec=spec, train=brought(self.train), held_out=brought(self.held_out))
+
+    def beginning_with(self, start: Dataset, *, paired: bool = False) -> Dataset:
+        """The same data, whose samples begin with items of other data.
+
+        Args:
+            start: the other data.
+            paired: whether item i belongs to item i of `start`, in both parts.
+
+        Raises:
+            UserError: events of another shape; of pairs, parts of other lengths or split in another way.
+        """
+        if start.spec.shape != self.spec.shape:
+            raise UserError(
+                f"start: {start.source} has events of shape {start.spec.shape}, and {self.source} of "
+                f"{self.spec.shape}; both ends need one shape (--size resizes images)"
+            )
+        sizes = [(len(data.train), len(data.held_out), data.split) for data in (self, start)]
+        if paired and sizes[0] != sizes[1]:
+            (a, b, how), (c, d, other) = sizes
+            raise UserError(
+                f"paired: {self.source} has {a} + {b} items ({how}), {start.source} {c} + {d} ({other}); pairs need as "
+                "many of both, split alike"
+            )
+        spec = self.spec.replace(start=start.spec.to_json())
+        return replace(self, spec=spec, start=start, paired=paired)
+
+    def quantised(self, levels: int) -> Dataset:
+        """The same data, every value brought to the nearest of so many equally spaced levels in their range.
+
+        Raises:
+            UserError: data without a range.
+        """
+        if self.spec.range is None:
+            raise UserError(f"levels: {levels} needs data with a range, and {self.source} has none ({self.spec.kind})")
+        low, high = self.spec.range
+        step = (high - low) / (levels - 1)
+        kept = self.train.dtype if step.is_integer() and float(low).is_integer() else torch.float32
+
+        def nearest(x: Tensor) -> Tensor:
+            parts = (((part.float() - low) / step).round() * step + low for part in x.split(4096))
+            return torch.cat([part.to(kept) for part in parts])
+
+        spec = self.spec.replace(levels=levels)
+        return replace(self, spec=spec, train=nearest(self.train), held_out=nearest(self.held_out))
+
     def part(self, name: Literal["train", "held-out"]) -> tuple[Tensor, Tensor | None]:
         """Values and labels of one part."""
         return (self.train, self.train_labels) if name == "train" else (self.held_out, self.held_out_labels)
@@ -187,9 +298,15 @@ class DataConfig(Config):
     source: str = Field(description="NAME or NAME:ARGUMENT, for example digits or folder:photos")
     #: Not part of a run's record: where the data lie on a machine is nobody else's business.
     root: Path | None = Field(None, exclude=True, description="folder that holds mnist/, fashion-mnist/ or cifar10/")
-    size: int | None = Field(None, ge=1, description="side to which images of other sizes are brought (folder, hub)")
+    size: int | None = Field(None, ge=1, description="side to which images of other sizes are brought")
     channels: Literal[1, 3] | None = Field(None, description="1 converts images to grey, 3 to colour (folder, hub)")
     downsample: int | None = Field(None, description="average blocks of so many pixels a side; a power of two")
+    levels: int | None = Field(
+        None, ge=2, description="bring values to so many levels in their range; 2 is black-white"
+    )
+    start: str | None = Field(None, description="data that samples begin with, as `source`, read alike; noise if none")
+    paired: bool = Field(False, description="item i of the data belongs to item i of `start`")
+    max_count: int | None = Field(None, ge=1, description="largest count that can occur (counts); found in the data")
     held_out: float = Field(0.1, gt=0, lt=1, description="share held out where the data brings no test part")
     split_seed: int = Field(0, ge=0, lt=2**63, description="seed of the random split")
     skip_bad: bool = Field(False, description="leave out files that cannot be read instead of stopping")
@@ -209,15 +326,27 @@ class DataConfig(Config):
             UserError: unknown source, missing or unreadable files, values that no model can be trained on, images that
                 cannot be downsampled as asked.
         """
+        if self.paired and self.start is None:
+            raise UserError("paired: true needs data to begin with (start)")
+        dataset = self._read()
+        if self.start is None:
+            return dataset
+        # What shapes values is for both ends; what makes a file readable may be needed by one of them alone.
+        start = self.replace(source=self.start, start=None, paired=False, root=self.root and str(self.root))
+        return dataset.beginning_with(start._read(), paired=self.paired)
+
+    def _read(self) -> Dataset:
+        """The data of `source` alone."""
         name, _, argument = self.source.partition(":")
         loader = SOURCES.resolve(name)
         if name not in _IMAGE_FILES:
-            for option, value in (
-                ("size", self.size),
-                ("channels", self.channels),
-                ("skip_bad", self.skip_bad or None),
-            ):
-                if value is not None:
+            for option, value in (("channels", self.channels), ("skip_bad", self.skip_bad or None)):
+                if value is not None and self.start is None:
                     raise UserError(f"{option}: {value!r} is for folder: and hub: data; {name!r} has none to change")
+        if self.max_count is not None and name != "counts":
+            raise UserError(f"max_count: {self.max_count} is for counts: data; the range of {name!r} is known")
         dataset: Dataset = loader(argument, self)
-        return dataset if self.downsample is None else dataset.downsampled(self.downsample)
+        if self.size is not None and name not in _IMAGE_FILES:
+            dataset = dataset.resized(self.size)
+        dataset = dataset if self.downsample is None else dataset.downsampled(self.downsample)
+        return dataset if self.levels is None else dataset.quantised(self.levels)

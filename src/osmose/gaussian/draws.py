@@ -7,9 +7,11 @@ work is cut up: a training step draws for the global batch and keeps its own par
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -47,6 +49,17 @@ class Draws(Protocol):
     def uniform(self) -> Tensor:
         """Uniform values in [0, 1), float64 on the CPU, shape (count,)."""
 
+    def binomial(self, n: Tensor, p: Tensor) -> Tensor:
+        """How many of n succeed, each with the probability p: int64, shape (count, *event_shape), where n is.
+
+        Args:
+            n: int64, at least 0, shape (count, *event_shape).
+            p: in [0, 1], of the same shape.
+        """
+
+    def poisson(self, rate: Tensor) -> Tensor:
+        """Poisson counts of a rate, at least 0, shape (count, *event_shape): int64, where the rate is."""
+
     def stratified(self) -> Tensor:
         """As `uniform`, but evenly spread over [0, 1) across all items of the batch: (i + u) / n, shuffled."""
 
@@ -56,6 +69,15 @@ class Draws(Protocol):
         It depends on whose randomness this is and on the names, not on how much has been drawn: what a method draws
         besides changes nothing of what it draws otherwise. The same names give the same values again.
         """
+
+
+def _counts(streams: Sequence[np.random.Generator], draw: Callable[..., Any], first: Tensor, *others: Tensor) -> Tensor:
+    """Counts of given parameters, each item's from its own stream, by NumPy on the CPU: exact for any parameters."""
+    arrays = [value.detach().cpu().numpy() for value in (first, *others)]
+    made = np.empty(first.shape, dtype=np.int64)
+    for index, stream in enumerate(streams):
+        made[index] = draw(stream, *(array[index] for array in arrays))
+    return torch.from_numpy(made).to(first.device)
 
 
 class StepDraws:
@@ -81,10 +103,24 @@ class StepDraws:
         self.start, self.stop, self.total, self.device = start, stop, total, torch.device(device)
         self._host = seeded(seed, "step", step, *path)
         self._device = self._host if self.device.type == "cpu" else seeded(seed, "step", step, *path, device=device)
+        self._streams: list[np.random.Generator] = []
 
     @property
     def count(self) -> int:
         return self.stop - self.start
+
+    def binomial(self, n: Tensor, p: Tensor) -> Tensor:
+        return _counts(self._own(), np.random.Generator.binomial, n, p.double())
+
+    def poisson(self, rate: Tensor) -> Tensor:
+        return _counts(self._own(), np.random.Generator.poisson, rate.double())
+
+    def _own(self) -> list[np.random.Generator]:
+        """A stream for each item: what is drawn depends on the item's values, which other processes do not have."""
+        if not self._streams:
+            keys = range(self.start, self.stop)
+            self._streams = [_stream(self.seed, "step", self.step, *self.path, "item", key) for key in keys]
+        return self._streams
 
     def normal(self, event_shape: tuple[int, ...]) -> Tensor:
         drawn = torch.randn(self.total, *event_shape, generator=self._device, device=self.device)
@@ -100,11 +136,12 @@ class StepDraws:
 
     def again(self) -> StepDraws:
         """The same randomness from where this one is now, to be drawn once more."""
-        copy = StepDraws(self.seed, self.step, self.start, self.stop, self.total, self.device, path=self.path)
-        copy._host.set_state(self._host.get_state())
-        if copy._device is not copy._host:
-            copy._device.set_state(self._device.get_state())
-        return copy
+        other = StepDraws(self.seed, self.step, self.start, self.stop, self.total, self.device, path=self.path)
+        other._host.set_state(self._host.get_state())
+        if other._device is not other._host:
+            other._device.set_state(self._device.get_state())
+        other._streams = copy.deepcopy(self._streams)
+        return other
 
     def branch(self, *names: int | str) -> StepDraws:
         path = (*self.path, "branch", *names)
@@ -150,6 +187,12 @@ class SampleDraws:
                 stream.standard_normal(dtype=np.float32, out=row.numpy())
             self._buffer = list(block.to(self.device).unbind(1))[::-1]
         return self._buffer.pop().contiguous()
+
+    def binomial(self, n: Tensor, p: Tensor) -> Tensor:
+        return _counts(self._streams, np.random.Generator.binomial, n, p.double())
+
+    def poisson(self, rate: Tensor) -> Tensor:
+        return _counts(self._streams, np.random.Generator.poisson, rate.double())
 
     def uniform(self) -> Tensor:
         return torch.tensor([stream.random() for stream in self._streams], dtype=torch.float64)

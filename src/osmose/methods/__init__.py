@@ -16,6 +16,14 @@ METHODS = Registry(
             "osmose.methods.diffusion:EDMConfig",
             "preconditioned diffusion in continuous noise (Karras et al. 2022)",
         ),
+        "blackout": (
+            "osmose.methods.blackout:BlackoutConfig",
+            "counts that lose their units one by one, and get them back (Santos et al. 2023)",
+        ),
+        "interpolant": (
+            "osmose.methods.interpolant:InterpolantConfig",
+            "from noise or other data to the data, by ODE or SDE (Albergo et al. 2023)",
+        ),
         "gaussian": ("osmose.methods.gaussian_fit:GaussianConfig", "one Gaussian with the covariance of the data"),
         "class-means": (
             "osmose.methods.gaussian_fit:ClassMeansConfig",

@@ -33,10 +33,18 @@ OnStep = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Batch:
-    """Training items: x0 in the model's units, shape (B, *event); condition int64 (B,) classes, or None."""
+    """Training items.
+
+    Attributes:
+        x0: model units, shape (B, *event).
+        condition: classes, int64 (B,), or None.
+        start: items of the data that samples begin with, in the units that the model has for them, (B, *event); None
+            where that is noise.
+    """
 
     x0: Tensor
     condition: Tensor | None = None
+    start: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -77,21 +85,25 @@ class Regression:
 
 @dataclass(frozen=True)
 class BoundTerms:
-    """The variational bound on the negative log-likelihood of n items, term by term, in nats per dimension.
+    """A bound on the negative log-likelihood of n items, or that itself, term by term, in nats per dimension.
 
     Attributes:
-        t: times of the K steps, quietest first, float64 (K,).
+        t: times of the K steps, quietest first, float64 (K,), 0 for data and 1 for noise.
         prior: L_T, float64 (n,).
         steps: L_0 (of the data given the quietest step) to L_{K-1}, float64 (n, K).
-        x0_error: mean over dimensions of (x0 - x0_hat)^2 at each step, as the bound saw it, float64 (n, K).
-        eps_error: the same of the noise, before x0_hat was kept inside the data's range, float64 (n, K).
+        x0_error: mean over dimensions of (x0 - x0_hat)^2 at each step, as the bound saw it, float64 (n, K); None
+            where nothing is estimated.
+        eps_error: the same of Gaussian noise, before x0_hat was kept inside the data's range, float64 (n, K); None
+            where there is none.
+        is_density: whether it is -log of a density in the data's units, and no bound.
     """
 
     t: Tensor
     prior: Tensor
     steps: Tensor
-    x0_error: Tensor
-    eps_error: Tensor
+    x0_error: Tensor | None = None
+    eps_error: Tensor | None = None
+    is_density: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,10 +184,12 @@ class GenerativeModel(nn.Module, ABC):
     Attributes:
         idle_parameters: whether some steps' losses leave some parameters without gradient, which data parallelism has
             to be told; the optimiser leaves such parameters as they are.
+        takes_start: whether samples may begin with items of other data, instead of noise.
         most: how many different samples the model has, or None where there is no end.
     """
 
     idle_parameters: ClassVar[bool] = False
+    takes_start: ClassVar[bool] = False
     most: int | None = None
 
     @property
@@ -187,6 +201,8 @@ class GenerativeModel(nn.Module, ABC):
         super().__init__()
         if config.conditional and not spec.num_classes:
             raise UserError("method.conditional: true needs data with classes, and these have none")
+        if spec.start is not None and not self.takes_start:
+            raise UserError(f"start: samples of {config.kind} begin with noise; interpolant goes from data to data")
         self.config, self.spec = config, spec
 
     def prepare(self, items: Iterable[Batch]) -> None:
@@ -211,6 +227,32 @@ class GenerativeModel(nn.Module, ABC):
         self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: OnStep
     ) -> tuple[Tensor, int]:
         """One batch of `draws.count` samples in the model's units, and the network evaluations spent on each."""
+
+    def ends(self, sampling: SamplingConfig) -> tuple[DataSpec | None, DataSpec]:  # noqa: ARG002
+        """The form of what `translate` takes, None for models that begin with noise, and of what sampling gives."""
+        return None, self.spec
+
+    def translate(
+        self,
+        start: Tensor,  # noqa: ARG002
+        draws: Draws,  # noqa: ARG002
+        sampling: SamplingConfig,  # noqa: ARG002
+        condition: Tensor | None,  # noqa: ARG002
+        on_step: OnStep,  # noqa: ARG002
+    ) -> tuple[Tensor, int]:
+        """`generate` from given items, in the model's units for them, (draws.count, *event).
+
+        Raises:
+            UserError: a model that begins with noise.
+        """
+        raise UserError(f"start: samples of {self.config.kind} begin with noise: there is nothing to translate")
+
+    def keep_starts(self, starts: Tensor) -> None:
+        """Keep items to begin samples with that training does not see, for a model that takes any.
+
+        Args:
+            starts: the held-out part of the data to begin with, in the units of `Batch.start`, (n, *event).
+        """
 
     def bound(
         self,
@@ -309,6 +351,7 @@ class GenerativeModel(nn.Module, ABC):
         condition: Tensor | int | None = None,
         batch_size: int | None = None,
         on_step: OnStep | None = None,
+        start: Tensor | None = None,
         **options: Any,
     ) -> Iterator[Samples]:
         """`sample`, batch by batch, for more samples than fit in memory."""
@@ -322,6 +365,9 @@ class GenerativeModel(nn.Module, ABC):
             raise UserError(f"num_samples: {num_samples} is more than the {self.most} different samples that there are")
         classes = self.classes_for(num_samples, condition)
         sampling = self.sampling(**options)
+        begin, form = self.ends(sampling)
+        if start is not None:
+            start = self._admitted(start, begin, num_samples)
         batch_size = batch_size or max(1, min(256, 2**20 // self.spec.dimension))
         total = -(-num_samples // batch_size)
         for index, first in enumerate(range(0, num_samples, batch_size)):
@@ -332,15 +378,35 @@ class GenerativeModel(nn.Module, ABC):
                 if on_step is not None:
                     on_step(index * of + done, total * of)
 
-            start = time.perf_counter()
+            began = time.perf_counter()
             with torch.inference_mode(), _evaluating(self):
                 draws = SampleDraws(seed, first, count, self.device)
-                x, nfe = self.generate(draws, sampling, None if part is None else part.to(self.device), report)
-                data = self.spec.decode(x).cpu()
-            yield Samples(data.clone(), nfe, time.perf_counter() - start, part)
+                told = None if part is None else part.to(self.device)
+                if start is None:
+                    x, nfe = self.generate(draws, sampling, told, report)
+                else:
+                    given = start[first : first + count].to(self.device)
+                    x, nfe = self.translate(given, draws, sampling, told, report)
+                data = form.decode(x).cpu()
+            yield Samples(data.clone(), nfe, time.perf_counter() - began, part)
         for complaint in self.complaints():
             warnings.warn(complaint, stacklevel=2)
         self.report()  # the next samples have complaints of their own
+
+    def _admitted(self, start: Tensor, form: DataSpec | None, count: int) -> Tensor:
+        """Items to begin with, in the model's units, when there is one for each sample."""
+        if form is None:
+            raise UserError(f"start: samples of {self.config.kind} begin with noise: there is nothing to translate")
+        if tuple(start.shape) != (count, *form.shape):
+            raise UserError(
+                f"start: shape {tuple(start.shape)} given for {count} samples; {(count, *form.shape)} is right"
+            )
+        if not bool(start.isfinite().all()):
+            raise UserError("start: holds NaN or infinity")
+        if form.range is not None and not form.range[0] <= float(start.min()) <= float(start.max()) <= form.range[1]:
+            low, high = float(start.min()), float(start.max())
+            raise UserError(f"start: has values from {low:g} to {high:g}; the model's data are in {form.range}")
+        return form.encode(start)
 
     def sample(self, num_samples: int, **options: Any) -> Samples:
         """Draw samples. The same seed gives the same samples whatever the batch size (to rounding).
@@ -348,7 +414,8 @@ class GenerativeModel(nn.Module, ABC):
         Args:
             num_samples: how many.
             **options: `seed` (default 0), `condition` (int64 classes (n,), or one class for all), `batch_size`,
-                `on_step` (a callback of steps done and steps in all), and anything that the method's sampling
+                `on_step` (a callback of steps done and steps in all), `start` (items to translate, data units
+                (n, *event), of models between two data sets), and anything that the method's sampling
                 configuration holds: of Gaussian methods `num_steps`, `solver`, `spacing`, `clip`.
 
         Raises:

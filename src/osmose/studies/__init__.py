@@ -47,6 +47,10 @@ STUDIES = Registry(
             "osmose.studies.tensor_train:TensorTrainStudy",
             "tensor-train noise models against networks: error, memory, time, convergence, landscapes, by distribution",
         ),
+        "blackout": (
+            "osmose.studies.blackout:BlackoutStudy",
+            "counts that stay counts: how units are given back, and Gaussian diffusion that is rounded",
+        ),
         "vlb": ("osmose.studies.vlb:VLB", "the likelihood bound as the loss: gradient noise, bits, samples"),
     },
 )

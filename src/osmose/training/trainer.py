@@ -90,6 +90,8 @@ class Trainer:
         if not self.checkpoints.all():
             with torch.no_grad():
                 self.model.prepare(self._items())
+                if dataset.start is not None:
+                    self.model.keep_starts(dataset.start.spec.encode(dataset.start.held_out))
         self.ema = EMA(self.model, self.config.ema)
         self.optimizer = self.config.optimizer.build(self.model, self.config)
         self.window = Window()
@@ -105,6 +107,10 @@ class Trainer:
         trains = any(parameter.requires_grad for parameter in self.model.parameters())
         self.parallel = self.accelerator.prepare_model(self.model) if trains else self.model
         self.order = BatchOrder(len(dataset.train), self.config.batch_size, mix(self.seed, "data"))
+        self.start_order = self.order
+        if dataset.start is not None and not dataset.paired:
+            num_starts = len(dataset.start.train)
+            self.start_order = BatchOrder(num_starts, self.config.batch_size, mix(self.seed, "start"))
         self.progress = progress if progress and self.is_main else Progress(show=False)
 
     @property
@@ -188,12 +194,13 @@ class Trainer:
 
     def _parts(self) -> list[tuple[Batch, StepDraws]]:
         """This process's share of the step's batch, in micro-batches, each with its randomness."""
-        items = self.order.indices(self.step)
+        items, starts = self.order.indices(self.step), self.start_order.indices(self.step)
         parts: list[tuple[Batch, StepDraws]] = []
         for index in range(self.config.accumulate):
             start = index * self.micro + self.accelerator.process_index * self.share
             draws = StepDraws(self.seed, self.step, start, start + self.share, self.config.batch_size, self.device)
-            parts.append((self._batch(items[start : start + self.share], draws), draws))
+            own = slice(start, start + self.share)
+            parts.append((self._batch(items[own], draws, starts[own]), draws))
         return parts
 
     def _learn(self, batch: Batch, draws: StepDraws, final: bool) -> LossTerms:
@@ -230,12 +237,14 @@ class Trainer:
             if self.config.flip:  # it is trained on both
                 yield Batch(x0.flip(-1), classes)
 
-    def _batch(self, items: Tensor, draws: StepDraws | None) -> Batch:
-        x0 = self.run.config.spec.encode(self.dataset.train[items].to(self.device))
-        if draws is not None and self.config.flip:
-            mirrored = (draws.uniform() < 0.5).to(self.device)
-            x0 = torch.where(mirrored.view(-1, *(1,) * (x0.ndim - 1)), x0.flip(-1), x0)
-        return Batch(x0, self._classes(self.dataset.train_labels, items))
+    def _batch(self, items: Tensor, draws: StepDraws | None, starts: Tensor | None = None) -> Batch:
+        values = [self.run.config.spec.encode(self.dataset.train[items].to(self.device))]
+        if self.dataset.start is not None and starts is not None:
+            values.append(self.dataset.start.spec.encode(self.dataset.start.train[starts].to(self.device)))
+        if draws is not None and self.config.flip:  # of pairs, both
+            mirrored = (draws.uniform() < 0.5).to(self.device).view(-1, *(1,) * (values[0].ndim - 1))
+            values = [torch.where(mirrored, x.flip(-1), x) for x in values]
+        return Batch(values[0], self._classes(self.dataset.train_labels, items), *values[1:])
 
     def _classes(self, labels: Tensor | None, items: Tensor) -> Tensor | None:
         if not self.run.config.method.conditional or labels is None:
@@ -323,11 +332,19 @@ def validation_batches(
     labels = dataset.held_out_labels if config.method.conditional else None
     count, size = min(training.validation_items, len(held_out)), training.batch_size // training.accumulate
     items = torch.randperm(len(held_out), generator=seeded(config.seed, "validation"))[:count]
+    begin = dataset.start
+    starts = items
+    if begin is not None and not dataset.paired:
+        shuffled = torch.randperm(len(begin.held_out), generator=seeded(config.seed, "validation", "start"))
+        starts = shuffled[torch.arange(count) % len(shuffled)]
     for start in range(0, count, size):
         part = items[start : start + size]
         draws = StepDraws(config.seed, _VALIDATION, start, start + len(part), count, device)
         x0 = config.spec.encode(held_out[part].to(device))
-        yield Batch(x0, None if labels is None else labels[part].to(device)), draws
+        start_items = None
+        if begin is not None:
+            start_items = begin.spec.encode(begin.held_out[starts[start : start + size]].to(device))
+        yield Batch(x0, None if labels is None else labels[part].to(device), start_items), draws
 
 
 def built(config: RunConfig) -> GenerativeModel:
