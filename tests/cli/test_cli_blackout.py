@@ -55,7 +55,8 @@ def test_what_was_trained():
     assert rows.method.schedule.t_end == pytest.approx(math.log(4310), abs=0.02)
     assert (bits.method.objective, bits.method.weighting) == ("continuous", "paper")
     model = library.load("rows")
-    assert model.share.tolist() == pytest.approx([1 / 500, 30 / 500, 400 / 500], rel=0.3)
+    train = rows.data.load().train.double()
+    assert model.mean.tolist() == pytest.approx(train.mean(0).tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bits", "rows"])
@@ -70,8 +71,8 @@ def test_a_run_that_was_stopped_is_taken_up_again(osmose, monkeypatch, name):
     assert Run.open(Path("parts")).hash() == Run.open(Path(name)).hash()
 
 
-def test_microbatches_change_nothing(osmose):
-    answer = osmose("train", "blackout", *BITS, *SHORT, "--out", "parts", "training.microbatch=3")
+def test_accumulation_changes_nothing(osmose):
+    answer = osmose("train", "blackout", *BITS, *SHORT, "--out", "parts", "training.accumulate=2")
     assert answer.status == 0, answer
     one, other = (library.load(name).state_dict() for name in ("bits", "parts"))
     for key, value in one.items():
@@ -131,9 +132,6 @@ def test_info(osmose):
         assert (answer.status, answer.err) == (0, "")
         assert "blackout" in answer.out
         assert json.loads(osmose("info", name, "--json").out)["parameters"] > 1000
-    listed = osmose("info").out
-    assert "blackout" in listed
-    assert "counts" in listed
 
 
 @pytest.mark.parametrize("name", ["bits", "rows"])
@@ -177,7 +175,6 @@ def test_bits_per_dimension(osmose, name):
         (["train", "blackout", *BITS, "weighting=likely", "--out", "x"], "weighting: 'likely' is not valid"),
         (["train", "blackout", *BITS, "schedule=linear", "--out", "x"], "unknown survival schedule 'linear'"),
         (["train", "blackout", *BITS, "schedule.num_steps=3", "--out", "x"], "num_steps: 4 is more than the 3 times"),
-        (["train", "blackout", *BITS, "training.optimizer=als", "--out", "x"], "als solves least squares"),
     ],
 )
 def test_what_is_refused(refused, words, message):
@@ -190,7 +187,9 @@ def test_it_is_not_distilled(refused, method):
     assert "blackout" in message
 
 
+@pytest.mark.filterwarnings("default:schedule.t_end")
 def test_survivors_are_warned_of(osmose):
     answer = osmose("train", "blackout", *BITS, *SHORT, "--out", "short", "schedule.t_end=2")
     assert answer.status == 0
-    assert "schedule.t_end: at 2 2.8 units of an item are left in the mean" in answer.err.replace("\n", " ")
+    assert answer.err.startswith("osmose: note: schedule.t_end: at 2 2.5 units of an item are left in the mean")
+    assert answer.err.count("\n") == 1

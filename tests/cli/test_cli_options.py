@@ -72,7 +72,10 @@ def test_mirroring_points_is_refused(tmp_path, capsys):
 
 
 def test_options_that_data_cannot_use_are_refused(tmp_path, capsys):
-    assert "size: 16" in refused(capsys, "train", "ddpm", "--data", "digits", "--size", "16", "--out", tmp_path / "r")
+    words = ["train", "ddpm", "--data", "toy:two-moons", "--size", "16", "--out", tmp_path / "r"]
+    assert "size: 16 is for square images" in refused(capsys, *words)
+    words = ["train", "ddpm", "--data", "digits", "--channels", "3", "--out", tmp_path / "r"]
+    assert "channels: 3" in refused(capsys, *words)
 
 
 def test_the_data_root_stays_out_of_the_run_folder(tmp_path):

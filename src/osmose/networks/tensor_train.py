@@ -54,6 +54,9 @@ _COMPONENTS = 16
 _MOST = 2**23
 #: Size of the train at the start, as a share of what it could be: nearly 0, but on the manifold of its ranks.
 _START = 0.01
+#: Norm of the random part of a core at the start, beside the identity; in trains of more cores than `_SHORT` it falls
+#: with the root of their number, so that the whole stays as nearly constant.
+_RANDOM, _SHORT = 0.3, 9
 
 #: Share of values outside the domain that is worth a word.
 _OUTSIDE = 0.01
@@ -166,11 +169,18 @@ class TensorTrain(nn.Module, Noting):
 
     @torch.no_grad()
     def _begin(self) -> None:
-        """Nearly constant, with a random part of every other function, and small."""
+        """Small; every core nearly the identity of its ranks, whatever its coordinate, with a random part of it.
+
+        Then each channel of the ranks carries what it has been told along the whole train, and functions of few
+        coordinates are learned at once, however many modes lie between them. Were all channels but the first random,
+        a long train would be a random product of functions of all coordinates, whose gradients vanish.
+        """
+        share = _RANDOM * min(1.0, math.sqrt(_SHORT / len(self.cores)))
         for place, core in enumerate(self.cores):
-            core.mul_(0.3 / math.sqrt(core.shape[1] * core.shape[2]))
+            core.mul_(share / math.sqrt(core.shape[1] * core.shape[2]))
             if place != self.middle:  # the first function is 1, but of classes it is their sum
-                core[:, 0, :: 1 if self.is_class(place) else core.shape[2], 0] += 1.0
+                ones = torch.eye(core.shape[1], core.shape[3])[:, None]
+                core[:, :, : core.shape[2] if self.is_class(place) else 1] += ones
         made = orthogonalized(list(self.cores), self.middle)
         made[self.middle] = made[self.middle] * (_START / made[self.middle].flatten(1).norm(dim=1).view(-1, 1, 1, 1))
         self.set_trains(made)
