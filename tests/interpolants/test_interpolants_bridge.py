@@ -108,7 +108,7 @@ def test_the_drift_leads_from_the_one_gaussian_to_the_other():
     def drift(t, x):
         return Fields(b=bridge.drift(t, x), s=torch.zeros_like(x))
 
-    (*_, (_, end)) = transport(drift, x, grid(steps), Epsilon(0.4), normal, "stochastic-heun")
+    (*_, (_, end)) = transport(drift, x, grid(steps), Epsilon(0.4), normal, "heun")
     gain, spread = (end[1:3] - end[0]).T, end[3:] - end[0]
     assert torch.allclose(end[0], bridge.mean1, atol=1e-3)
     assert torch.allclose(gain @ cov0 @ gain.T + spread.T @ spread, cov1, atol=1e-3)
@@ -157,7 +157,7 @@ def test_the_bound_on_the_likelihood_holds_and_the_printed_one_does_not():
         return Fields(b=torch.full_like(x, c / 2), s=-x + c / (2 * epsilon))
 
     x = f64([[0.0], [1.0]])
-    (*_, (_, end)) = transport(learned, x, grid(200), Epsilon(epsilon), lambda: torch.zeros(2, 1), "stochastic-heun")
+    (*_, (_, end)) = transport(learned, x, grid(200), Epsilon(epsilon), lambda: torch.zeros(2, 1), "heun")
     assert float(end[1] - end[0]) == pytest.approx(math.exp(-epsilon), abs=1e-4)  # so that the variance stays 1
     divergence = float(end[0]) ** 2 / 2
     assert divergence == pytest.approx(0.1621, abs=1e-4)

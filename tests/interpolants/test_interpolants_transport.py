@@ -15,7 +15,7 @@ from osmose.interpolants.oracles import GaussianMixture, MixturePath
 from osmose.interpolants.paths import LinearPath, OneSidedLinearPath, OneSidedVPPath
 from osmose.interpolants.transport import Epsilon, ddim, evaluations, grid, log_density, transport
 
-SOLVERS = ("euler", "heun", "stochastic-heun", "rk4")
+SOLVERS = ("euler", "heun-noise-first", "heun", "rk4")
 STILL = Epsilon(0.0)
 
 
@@ -105,7 +105,7 @@ def order(found):
     return math.log2(found[-2] / found[-1])
 
 
-@pytest.mark.parametrize(("solver", "wanted"), [("euler", 1), ("heun", 2), ("rk4", 4)])
+@pytest.mark.parametrize(("solver", "wanted"), [("euler", 1), ("heun-noise-first", 2), ("rk4", 4)])
 @pytest.mark.parametrize("kind", ["linear", "trig-vp", "one-sided-trig"])
 def test_the_ode_has_the_right_moments_with_the_order_of_its_rule(kind, solver, wanted):
     for a, b in ((0.0, 1.0), (1.0, 0.0)):
@@ -115,7 +115,7 @@ def test_the_ode_has_the_right_moments_with_the_order_of_its_rule(kind, solver, 
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0])
-@pytest.mark.parametrize(("solver", "wanted"), [("euler", 1), ("heun", 1), ("stochastic-heun", 2)])
+@pytest.mark.parametrize(("solver", "wanted"), [("euler", 1), ("heun-noise-first", 1), ("heun", 2)])
 def test_the_sde_has_the_right_moments_with_the_order_of_its_rule(solver, wanted, scale):
     # The paper's order of noise and drift costs an order in the law, even at the right times.
     for a, b in ((0.0, 1.0), (1.0, 0.0)):
@@ -131,7 +131,7 @@ def test_the_sde_has_the_right_moments_on_every_path(kind, following):
     epsilon = Epsilon(1.0, true.path if following else None)
     a, b = (0.0, 0.9) if kind == "one-sided-vp" else (0.0, 1.0)  # its alpha has no slope at t = 1
     for way in ((a, b), (b, a)):
-        found = errors(true, *way, (30, 60), epsilon, "stochastic-heun")
+        found = errors(true, *way, (30, 60), epsilon, "heun")
         assert order(found) > 1.5
         assert found[-1] < 1e-2
 
@@ -141,13 +141,13 @@ def test_a_stationary_path_stays_where_it_is():
     true = MixturePath(PATHS.parse("trig-vp"), unit, unit)
     x = randn(5, 1)
     assert torch.allclose(last(transport(true.fields, x, grid(5), STILL, no_noise, "euler")), x, atol=1e-13)
-    assert errors(true, 0.0, 1.0, (50, 100), Epsilon(1.0), "stochastic-heun")[-1] < 1e-4
+    assert errors(true, 0.0, 1.0, (50, 100), Epsilon(1.0), "heun")[-1] < 1e-4
 
 
 def test_the_first_step_has_the_drift_and_the_noise_of_the_equations():
     true, x, xi = oracle("linear"), randn(6, 2), randn(6, 2, seed=5)
     for (t, s), sign in (((0.3, 0.4), 1), ((0.4, 0.3), -1)):
-        for solver in ("euler", "heun", "stochastic-heun"):
+        for solver in ("euler", "heun-noise-first", "heun"):
             got = last(transport(true.fields, x, [t, s], Epsilon(0.7), lambda: xi, solver))
             noise = math.sqrt(2 * 0.7 * 0.1) * xi
 
@@ -157,7 +157,7 @@ def test_the_first_step_has_the_drift_and_the_noise_of_the_equations():
 
             if solver == "euler":
                 want = x + drift(t, x) + noise
-            elif solver == "heun":
+            elif solver == "heun-noise-first":
                 moved = x + noise
                 want = moved + (drift(t, moved) + drift(s, moved + drift(t, moved))) / 2
             else:
@@ -171,7 +171,7 @@ def test_an_epsilon_that_follows_the_path_has_the_variance_of_the_whole_step():
         assert epsilon.along([0.0, 0.5, 1.0]) == pytest.approx(wanted)
     assert Epsilon(2.0, OneSidedLinearPath()).along([0.0, 0.25, 1.0]) == pytest.approx([2.0, 1.5, 0.0])
     unmoved = Fields(b=torch.zeros(1, 1), s=torch.zeros(1, 1))
-    for solver, variance in (("euler", 0.0), ("heun", 0.5), ("stochastic-heun", 0.5)):
+    for solver, variance in (("euler", 0.0), ("heun-noise-first", 0.5), ("heun", 0.5)):
         states = transport(
             lambda _t, _x: unmoved, torch.zeros(1, 1), [0.0, 0.5], Epsilon(2.0, path), lambda: torch.ones(1, 1), solver
         )
@@ -189,12 +189,12 @@ def test_denoisers_alone_are_enough_for_an_epsilon_that_follows_the_path(kind):
         return read(learn, true.path, true.path.at(t), x, outputs, RHO1.mean)
 
     epsilon, times = Epsilon(1.0, true.path), grid(40)
-    got, want = (last(transport(f, x, times, epsilon, noise_of(x), "heun")) for f in (learned, true.fields))
+    got, want = (last(transport(f, x, times, epsilon, noise_of(x), "heun-noise-first")) for f in (learned, true.fields))
     assert torch.allclose(got, want, atol=1e-8)
     # A constant one meets a score that the denoiser does not determine at the ends, and says so.
     with pytest.raises(UserError, match="an SDE needs the score, and there is none at t = 1"):
-        last(transport(learned, x, [0.9, 1.0], Epsilon(1.0), noise_of(x), "heun"))
-    last(transport(learned, x, grid(5, 0.01, 0.99), Epsilon(1.0), noise_of(x), "heun"))
+        last(transport(learned, x, [0.9, 1.0], Epsilon(1.0), noise_of(x), "heun-noise-first"))
+    last(transport(learned, x, grid(5, 0.01, 0.99), Epsilon(1.0), noise_of(x), "heun-noise-first"))
 
 
 def statistics(x, rho):
@@ -228,7 +228,7 @@ def test_mixtures_are_carried_into_each_other(kind, scale):
     true = oracle(kind)
     starts = true.sample(1500, torch.Generator().manual_seed(2))
     for (a, b), x, rho in (((0.0, 1.0), starts[0], RHO1), ((1.0, 0.0), starts[1], RHO0)):
-        got = last(transport(true.fields, x, grid(30, a, b), Epsilon(scale), noise_of(x), "stochastic-heun"))
+        got = last(transport(true.fields, x, grid(30, a, b), Epsilon(scale), noise_of(x), "heun"))
         real = rho.sample(30_000, torch.Generator().manual_seed(9))
         for ours, theirs in zip(statistics(got, rho), statistics(real, rho), strict=True):
             spread = (ours.var(0) / len(ours) + theirs.var(0) / len(theirs)).sqrt()
@@ -380,7 +380,7 @@ def test_the_density_by_the_ode_is_the_mixture_s(kind):
 def test_each_rule_converges_to_the_density_with_its_order():
     true = oracle("linear", G1, G0)
     x = randn(10, 2)
-    for solver, wanted in (("euler", 1), ("heun", 2), ("rk4", 4)):
+    for solver, wanted in (("euler", 1), ("heun-noise-first", 2), ("rk4", 4)):
         found = []
         for count in (10, 20):
             prior, steps = log_density(velocity_of(true), x, grid(count, 1.0, 0.0), G0.log_prob, solver=solver)

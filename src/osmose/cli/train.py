@@ -104,7 +104,8 @@ class Train:
             raise UserError("--out: required: the run folder to make")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"--threads: {self.threads} is not valid: must be at least 1")
-        return self._resume(self.out) if self.resume else self._start(self.out)
+        with quiet_warnings():
+            return self._resume(self.out) if self.resume else self._start(self.out)
 
     def _changes(self) -> dict[str, Any]:
         """What was said, by the names that config.json uses (`network.` there stands under `method.`)."""
@@ -131,8 +132,7 @@ class Train:
             data = DataConfig.parse(given)
         except ConfigError as error:
             raise UserError(f"data.{error}") from None
-        with quiet_warnings():
-            dataset = data.load()
+        dataset = data.load()
         try:
             config = checked(recipe(self.method, data, dataset, changes.pop("seed", 0), changes))
         except UserError as error:  # what the file calls method.network is network on the command line
@@ -152,9 +152,8 @@ class Train:
                 flag = "data" if name == "data.source" else name.removeprefix("data.").replace("_", "-")
                 raise UserError(f"--{flag}: given, but the data are those of --init {init}")
         root = changes.pop("data.root", None)
-        with quiet_warnings():
-            teaching, dataset = prepared(Run.open(init), out, self.method, changes, root)
-            teaching.trainer(dataset, progress=False)  # from here on it is a run like any other
+        teaching, dataset = prepared(Run.open(init), out, self.method, changes, root)
+        teaching.trainer(dataset, progress=False)  # from here on it is a run like any other
         return self._train(teaching.run, dataset)
 
     def _resume(self, out: Path) -> Result:
@@ -185,8 +184,7 @@ class Train:
                     raise UserError(
                         f"{name}: {after!r} given, but {out} was started with {before!r}; resume without it"
                     )
-        with quiet_warnings():
-            dataset = config.data.load()
+        dataset = config.data.load()
         return self._train(run, dataset)
 
     def _train(self, run: Any, dataset: Any) -> Result:
@@ -197,8 +195,7 @@ class Train:
 
         if self.threads:
             torch.set_num_threads(self.threads)
-        with quiet_warnings():
-            trainer = Trainer(run, dataset, progress=Progress(show=not (self.quiet or self.json)))
+        trainer = Trainer(run, dataset, progress=Progress(show=not (self.quiet or self.json)))
         began = trainer.step if trainer.checkpoints.all() else None
         again = f"osmose train --out {run.folder} --resume"
         try:

@@ -25,16 +25,16 @@ from osmose.interpolants.fields import Fields
 from osmose.interpolants.paths import Path
 
 FieldsAt = Callable[[float, Tensor], Fields]
-#: `heun` follows the noise of its step, as in the paper; `stochastic-heun` has it in the second stage only.
-Solver = Literal["euler", "heun", "stochastic-heun", "rk4"]
+#: `heun` sees the noise of its step in the second stage only; `heun-noise-first` follows it, as in the paper.
+Solver = Literal["euler", "heun-noise-first", "heun", "rk4"]
 Divergence = Literal["exact", "hutchinson"]
 
 #: Explicit Runge-Kutta rules of which every stage needs only the one before it: each stage's place in the step, weight.
 _Rule = tuple[tuple[float, float], ...]
 _RULES: dict[str, _Rule] = {
     "euler": ((0, 1),),
+    "heun-noise-first": ((0, 1 / 2), (1, 1 / 2)),
     "heun": ((0, 1 / 2), (1, 1 / 2)),
-    "stochastic-heun": ((0, 1 / 2), (1, 1 / 2)),
     "rk4": ((0, 1 / 6), (1 / 2, 1 / 3), (1 / 2, 1 / 3), (1, 1 / 6)),
 }
 
@@ -121,10 +121,10 @@ def transport(
 ) -> Iterator[State]:
     """Carry x from the law at times[0] to that at times[-1]; yields the state after each step.
 
-    `heun` adds the noise of a step first and then makes a step of Heun's rule in the drift, at t and at the next time
-    (the paper's; its released code has both at the next time). The law of its samples is right to the first order in
-    the step only, and no better than `euler`'s at large epsilon. `stochastic-heun` sees the noise in the second stage
-    and not in the first: of second order in the law, at the same cost. Without noise the two are one.
+    `heun` sees the noise of its step in the second stage only, and is of second order in the law. `heun-noise-first`
+    adds the noise and then makes a step of Heun's rule in the drift, at t and at the next time (the paper's; its
+    released code has both at the next time): right to the first order in the step only, and no better than `euler` at
+    large epsilon. Both cost the same, and without noise they are one.
 
     Args:
         fields_at: the fields at a time and x; b is needed, with noise the score too.
@@ -143,8 +143,8 @@ def transport(
     _check_times(times)
     rule = _rule(solver)
     if solver == "rk4" and epsilon.scale > 0:
-        raise UserError("solver: 'rk4' is for the ODE (epsilon = 0) only; take stochastic-heun, heun or euler")
-    return _transport(fields_at, x, times, epsilon, normal, rule, solver == "heun", denoise)
+        raise UserError("solver: 'rk4' is for the ODE (epsilon = 0) only; take heun or euler")
+    return _transport(fields_at, x, times, epsilon, normal, rule, solver == "heun-noise-first", denoise)
 
 
 def _transport(

@@ -64,7 +64,7 @@ class InterpolantSampling(SamplingConfig):
     """How samples are carried along the path."""
 
     num_steps: int = Field(50, ge=1, description="steps from one end to the other")
-    solver: Solver = Field("heun", description="rk4 is for the ODE; stochastic-heun is of second order for the SDE too")
+    solver: Solver = Field("heun", description="heun is of second order for ODE and SDE; rk4 is for the ODE")
     epsilon: float = Field(0.0, ge=0, description="noise of the SDE; 0 is the ODE")
     follow: bool = Field(False, description="let epsilon fall with the path's noise: epsilon gamma(t)")
     denoise: bool = Field(True, description="end an SDE with the estimate of the data, not with a noisy step")
@@ -238,7 +238,7 @@ class Interpolant(GenerativeModel):
         if chosen.epsilon > 0:
             require_score(self.learned, self.config.path)
             if chosen.solver == "rk4":
-                raise ConfigError("solver", "'rk4' is for the ODE; take heun or stochastic-heun where epsilon > 0")
+                raise ConfigError("solver", "'rk4' is for the ODE; take heun where epsilon > 0")
         self.ends(chosen)
         return chosen
 

@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 
 #: Unknowns of a core beyond which their normal equations are no longer solved in passing.
 _MOST_UNKNOWNS = 8192
+#: Coordinates above which people should know what a sweep takes.
+_MANY_COORDINATES = 32
 #: Numbers that a part of a batch may take while its products are summed.
 _MOST = 2**18
 #: Numbers of a whole batch's functions that are kept from core to core; more are computed anew.
@@ -113,6 +115,12 @@ class ALS(Optimizer):
         self.config, self.network = config, network
         self.sweeps = torch.zeros((), dtype=torch.int64)
         self.most = [core.shape[3] for core in network.cores[:-1]]
+        if network.count > _MANY_COORDINATES:
+            warnings.warn(
+                f"training.optimizer: a sweep of als over {network.count} coordinates takes minutes to hours (with the "
+                "square of their number), and stops only at its end; riemannian is faster",
+                stacklevel=2,
+            )
         blocks = network.count if network.blocks else 1
         for k, core in enumerate(network.cores):
             unknowns = core[0].numel() // (blocks if k == network.middle else 1)

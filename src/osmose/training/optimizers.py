@@ -205,9 +205,12 @@ def only_train(kind: str, model: nn.Module) -> TensorTrain:
     own = {id(core) for train in found for core in train.cores}
     others = [name for name, value in model.named_parameters() if value.requires_grad and id(value) not in own]
     if len(found) != 1 or others:
-        what = f"{others[0]!r} is no core of one" if others else f"this model has {len(found)} of them"
+        if found:
+            what = f"{others[0]!r} is no core of it" if others else f"this model has {len(found)} of them"
+        else:
+            what = "this model has none"
         raise UserError(
             f"training.optimizer: {kind} trains one tensor train and nothing else, and {what}; use optimizer adam"
-            + ("" if found else ", or --network tensor-train")
+            + ("" if found else ", or --network tensor-train with ddpm or edm")
         )
     return found[0]

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -270,7 +271,9 @@ class Trainer:
             return
         path = self.run.folder / "samples" / f"step_{self.step:08d}.png"
         with self.ema.applied():
-            samples = self.model.sample(self.config.preview_samples, seed=self.seed).data
+            with warnings.catch_warnings():  # validation says what there is to complain of
+                warnings.simplefilter("ignore")
+                samples = self.model.sample(self.config.preview_samples, seed=self.seed).data
             grid = picture(samples, self.run.config.spec, self.dataset.train[:2000])
             with files.replacing(path) as temporary:
                 grid.save(temporary, format="png")
