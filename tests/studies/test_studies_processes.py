@@ -52,6 +52,10 @@ def quick_form(tmp_path_factory):
     return run
 
 
+#: What reports have to hold besides.
+REPORTED = {"tensor-train": ["Verdict", *(f"## {k}. " for k in range(1, 10))]}
+
+
 @pytest.mark.parametrize("name", STUDIES.entries)
 def test_the_quick_form_of_every_study(name, quick_form):
     outcome = quick_form(name)
@@ -62,6 +66,7 @@ def test_the_quick_form_of_every_study(name, quick_form):
     links = re.findall(r"\]\(([^)]+)\)", page)
     assert all((outcome.folder / link).is_file() for link in links if not link.startswith("http"))
     assert all(path.stat().st_size > 0 for path in outcome.wrote)
+    assert all(heading in page for heading in REPORTED.get(name, ()))
 
 
 def test_killed_and_continued_in_several_processes_is_the_same(tmp_path, quick_form):

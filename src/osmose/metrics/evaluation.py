@@ -107,6 +107,8 @@ def evaluate_run(
     model = model if model is not None else run.model(device)
     n = n or min(default_count(dataset), model.most or sys.maxsize)
     sampling = model.sampling(**options)
+    if model.ends(sampling)[1] != model.spec:
+        raise UserError("direction: backward gives items of the source, and scores compare with the data")
     samples = model.sample(n, seed=seed, batch_size=batch_size, on_step=on_step, **options)
     memory = peak_memory(model.device)  # before the metrics add their own
     scores = score_samples(
