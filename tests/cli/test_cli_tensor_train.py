@@ -291,7 +291,7 @@ CSV = [*TRAIN, "--data", "csv:points.csv", "--quiet", "--out", "new"]
         ([*TOY, "--optimizer", "riemanian"], "unknown optimizer 'riemanian'; did you mean 'riemannian'?"),
         (
             [*ALS, "--network", "mlp"],
-            "training.optimizer: als trains one tensor train and nothing else, and 'denoiser.network.embed.0.weight'",
+            "training.optimizer: als trains one tensor train and nothing else, and this model has none; use",
         ),
         ([*ALS, "--lr", "2"], "training.lr: 2 is not valid with optimizer als: it is a share, at most 1"),
         ([*ALS, "training.ema=0.9"], "training.ema: 0.9 is not valid with optimizer als"),

@@ -726,7 +726,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(begun, pixels):
         ({"training__compile": True}, "training.compile: True is not valid with optimizer als: ranks change while it"),
         (
             {"network": "mlp"},
-            "training.optimizer: als trains one tensor train and nothing else, and 'denoiser.network.em",
+            "training.optimizer: als trains one tensor train and nothing else, and this model has none; use",
         ),
         (
             {"objective": "vlb"},

@@ -481,7 +481,7 @@ def test_losses_that_are_no_least_squares_can_be_descended(begun, clusters):
         ({"training__compile": True}, "training.compile: True is not valid with optimizer riemannian: ranks change"),
         (
             {"network": "mlp"},
-            "training.optimizer: riemannian trains one tensor train and nothing else, and 'denoiser.n",
+            "training.optimizer: riemannian trains one tensor train and nothing else, and this model has none; use",
         ),
         (
             {"training__optimizer__direction": "newton"},
