@@ -12,13 +12,23 @@ target of b: there the noise comes in pairs +z and -z (section 3), and the const
 
 has the same gradient in the mean, and stays finite. So does |s|^2 + 2 (+-z) s / gamma, of which only differences mean
 anything.
+
+A bridge looks for the path itself (section 5.2): of all processes dX = u dt + sqrt(2 epsilon) dW between the two laws
+the Schroedinger bridge has the least energy int E|u|^2 dt. It is the saddle point
+
+    max over I, min over u of  int E[ |u|^2 / 2 - (I' + (gamma' - epsilon / gamma) z) . u ] dt
+
+with x0, x1 and z independent, where u = b + epsilon s of the path I for any I. So b and s are learned by their losses
+as above, on a path that a second network bends so that their u has less energy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny
@@ -58,32 +68,58 @@ _KEPT_VALUES, _KEPT_ITEMS = 2**20, 4096
 _EXACT = 16
 #: Times at which a one-sided path is tabulated for networks that want to know it.
 _FINE = 1025
+#: Functions of time that a bridge's path is bent by, an even number.
+_BENDS = 4
+#: The path has to follow more slowly than the fields, which have to be those of the path: at the same rate both turn
+#: around the saddle point.
+_PACE = 0.2
 
 
-class InterpolantSampling(SamplingConfig):
-    """How samples are carried along the path."""
+class PathSampling(SamplingConfig):
+    """How samples are carried along a path."""
 
     num_steps: int = Field(50, ge=1, description="steps from one end to the other")
     solver: Solver = Field("heun", description="heun is of second order for ODE and SDE; rk4 is for the ODE")
-    epsilon: float = Field(0.0, ge=0, description="noise of the SDE; 0 is the ODE")
-    follow: bool = Field(False, description="let epsilon fall with the path's noise: epsilon gamma(t)")
-    denoise: bool = Field(True, description="end an SDE with the estimate of the data, not with a noisy step")
     direction: Literal["forward", "backward"] = Field("forward", description="backward goes from data to the source")
 
 
-class InterpolantConfig(MethodConfig):
+class InterpolantSampling(PathSampling):
+    """How samples are carried along the path, and with how much noise."""
+
+    epsilon: float = Field(0.0, ge=0, description="noise of the SDE; 0 is the ODE")
+    follow: bool = Field(False, description="let epsilon fall with the path's noise: epsilon gamma(t)")
+    denoise: bool = Field(True, description="end an SDE with the estimate of the data, not with a noisy step")
+
+
+class BridgeSampling(PathSampling):
+    """How samples are carried along a bridge."""
+
+    epsilon: float | None = Field(None, ge=0, description="noise of the SDE; null is the bridge's own, 0 the ODE")
+
+
+class PathConfig(MethodConfig):
+    """What interpolants and bridges have in common."""
+
+    network: NetworkChoice
+    path: PathChoice
+    cap: float = Field(1e-4, gt=0, lt=0.1, description="times are kept so far from both ends")
+
+    @property
+    @abstractmethod
+    def learned(self) -> Learned:
+        """The fields that are learned."""
+
+
+class InterpolantConfig(PathConfig):
     """A path, what is learned on it, and how both ends are paired."""
 
     kind: Literal["interpolant"] = "interpolant"
-    network: NetworkChoice
-    path: PathChoice
     learn: Learned | None = Field(
         None, description="velocity b, drift v, denoiser eta, score s; null for what suits the path: b-eta, or one"
     )
     coupling: Literal["independent", "ot"] = Field(
         "independent", description="ot pairs the items of a pass with starts at the least squared distance (POT)"
     )
-    cap: float = Field(1e-4, gt=0, lt=0.1, description="times are kept so far from both ends")
     sampling: InterpolantSampling = InterpolantSampling()
 
     @classmethod
@@ -104,8 +140,60 @@ class InterpolantConfig(MethodConfig):
         return Interpolant(self, spec)
 
 
-class Interpolant(GenerativeModel):
-    """See the module's text.
+class BridgeConfig(PathConfig):
+    """The process of least energy between two laws, among all with one noise."""
+
+    kind: Literal["bridge"] = "bridge"
+    epsilon: float = Field(0.5, ge=0, description="noise of the process, sqrt(2 epsilon) dW; 0 is optimal transport")
+    sampling: BridgeSampling = BridgeSampling()
+
+    @classmethod
+    def recipe(cls, spec: DataSpec, data_std: float) -> dict[str, Any]:  # noqa: ARG003
+        return {"network": network_for(spec.shape), "path": {"kind": "linear"}}
+
+    @property
+    def learned(self) -> Learned:
+        """Both fields of which u is the sum: a denoiser would be divided by gamma."""
+        return "b-s"
+
+    def build(self, spec: DataSpec) -> Bridge:
+        return Bridge(self, spec)
+
+
+class _Meeting(NamedTuple):
+    """What a batch meets on its paths.
+
+    Attributes:
+        t: times (B,).
+        c: the coefficients there.
+        x0: beginnings (B, *event).
+        x1: ends.
+        place: where paths are without their noise.
+        slope: how fast they go there.
+        z: the noise.
+        signs: that it is taken with.
+        condition: classes (B,), or None.
+    """
+
+    t: Tensor
+    c: Coefficients[Tensor]
+    x0: Tensor
+    x1: Tensor
+    place: Tensor
+    slope: Tensor
+    z: Tensor
+    signs: Sequence[float]
+    condition: Tensor | None
+
+    @property
+    def x_t(self) -> Tensor:
+        """With all signs below each other, (signs B, *event)."""
+        width = column(self.c.gamma, self.z)
+        return torch.cat([self.place + sign * width * self.z for sign in self.signs])
+
+
+class _Between(GenerativeModel):
+    """What goes along a path from one law to another by learned fields.
 
     Attributes:
         network: told x_t and 1000 t; an output for each field that is learned.
@@ -113,10 +201,10 @@ class Interpolant(GenerativeModel):
             each; (0, *event) where samples begin with noise.
     """
 
-    config: InterpolantConfig
+    config: PathConfig
     takes_start: ClassVar[bool] = True
 
-    def __init__(self, config: InterpolantConfig, spec: DataSpec):
+    def __init__(self, config: PathConfig, spec: DataSpec):
         super().__init__(config, spec)
         path, self.learned = config.path, config.learned
         if spec.start is not None and path.one_sided:
@@ -124,8 +212,6 @@ class Interpolant(GenerativeModel):
         if spec.start is None and path.mirror:
             raise UserError("path: mirror begins with items of the data; name them as --source, too")
         check_learned(self.learned, path)
-        if config.sampling.epsilon > 0:
-            require_score(self.learned, path)
         classes = spec.num_classes if config.conditional else None
         more = {} if len(LEARNED[self.learned]) == 1 else {"num_outputs": len(LEARNED[self.learned])}
         self.network = config.network.build(spec.shape, num_classes=classes, **more)
@@ -168,17 +254,17 @@ class Interpolant(GenerativeModel):
     def _start(self, batch: Batch, draws: Draws) -> Tensor:
         """What each item's path begins with."""
         if self.spec.start is None:
-            start = draws.normal(self.spec.shape).to(batch.x0)
-        else:
-            start = batch.start if batch.start is not None else self._kept(draws)
-        if self.config.coupling == "ot":
-            start = start[ot_pairing(start, batch.x0, batch.condition).to(start.device)]
-        return start
+            return draws.normal(self.spec.shape).to(batch.x0)
+        return batch.start if batch.start is not None else self._kept(draws)
 
     def _kept(self, draws: Draws) -> Tensor:
         return self.starts[(draws.uniform() * len(self.starts)).long().to(self.device)]
 
-    def loss(self, batch: Batch, draws: Draws) -> LossTerms:
+    def _course(self, c: Coefficients[Tensor], x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+        """Where paths are without their noise, and their slopes."""
+        return interpolate(c, x0, x1), column(c.alpha_dot, x0) * x0 + column(c.beta_dot, x1) * x1
+
+    def _meet(self, batch: Batch, draws: Draws) -> _Meeting:
         cap, path = self.config.cap, self.config.path
         t = cap + (1 - 2 * cap) * draws.stratified()
         c, x0, x1 = path.at(t), self._start(batch, draws), batch.x0
@@ -188,36 +274,32 @@ class Interpolant(GenerativeModel):
             names = LEARNED[self.learned]
             signs = [1.0, -1.0] if "b" in names or "s" in names else [1.0]
             z = draws.normal(self.spec.shape).to(x1)
-        x_t = torch.cat([interpolate(c, x0, x1, sign * z) for sign in signs])
-        condition = None if batch.condition is None else batch.condition.repeat(len(signs))
-        outputs = self._outputs(x_t, t.repeat(len(signs)), condition)
-        parts = {
-            name: self._part(name, out.chunk(len(signs)), signs, c, x0, x1, z)
-            for name, out in zip(LEARNED[self.learned], outputs, strict=True)
-        }
-        total = torch.stack(list(parts.values())).sum(0)
-        return LossTerms(total, t, {name: part.detach() for name, part in parts.items()})
+        place, slope = self._course(c, x0, x1)
+        return _Meeting(t, c, x0, x1, place, slope, z, signs, batch.condition)
 
-    def _part(
-        self,
-        name: str,
-        outs: Sequence[Tensor],
-        signs: Sequence[float],
-        c: Coefficients[Tensor],
-        x0: Tensor,
-        x1: Tensor,
-        z: Tensor,
-    ) -> Tensor:
+    def _outputs_at(self, meeting: _Meeting) -> tuple[Tensor, ...]:
+        """The fields at all of x_t."""
+        count, condition = len(meeting.signs), meeting.condition
+        return self._outputs(
+            meeting.x_t, meeting.t.repeat(count), None if condition is None else condition.repeat(count)
+        )
+
+    def _regress(self, meeting: _Meeting) -> dict[str, Tensor]:
+        """The loss of each field, (B,)."""
+        outputs = zip(LEARNED[self.learned], self._outputs_at(meeting), strict=True)
+        return {name: self._part(name, out.chunk(len(meeting.signs)), meeting) for name, out in outputs}
+
+    def _part(self, name: str, outs: Sequence[Tensor], meeting: _Meeting) -> Tensor:
         """The loss of a field, (B,), a mean over the signs of the noise."""
         losses = []
-        slope = column(c.alpha_dot, x0) * x0 + column(c.beta_dot, x1) * x1
-        for out, sign in zip(outs, signs, strict=True):
+        c, z = meeting.c, meeting.z
+        for out, sign in zip(outs, meeting.signs, strict=True):
             if name == "eta":
-                values = (out - (x0 if self.config.path.one_sided else sign * z)).square()
+                values = (out - (meeting.x0 if self.config.path.one_sided else sign * z)).square()
             elif name == "s":
                 values = out.square() + 2 * sign * column(1 / c.gamma, z) * z * out
             else:
-                values = (out - slope).square()
+                values = (out - meeting.slope).square()
                 if name == "b" and sign:
                     values = values - 2 * sign * column(c.gamma_gamma_dot / c.gamma, z) * z * out
             losses.append(values.flatten(1).mean(1))
@@ -234,8 +316,8 @@ class Interpolant(GenerativeModel):
 
     def sampling(self, **options: Any) -> SamplingConfig:
         chosen = super().sampling(**options)
-        assert isinstance(chosen, InterpolantSampling)
-        if chosen.epsilon > 0:
+        assert isinstance(chosen, PathSampling)
+        if self._noise(chosen)[0].scale > 0:
             require_score(self.learned, self.config.path)
             if chosen.solver == "rk4":
                 raise ConfigError("solver", "'rk4' is for the ODE; take heun where epsilon > 0")
@@ -243,7 +325,7 @@ class Interpolant(GenerativeModel):
         return chosen
 
     def ends(self, sampling: SamplingConfig) -> tuple[DataSpec | None, DataSpec]:
-        assert isinstance(sampling, InterpolantSampling)
+        assert isinstance(sampling, PathSampling)
         if sampling.direction == "forward":
             return self.spec.start, self.spec
         if self.spec.start is None:
@@ -253,20 +335,23 @@ class Interpolant(GenerativeModel):
     def generate(
         self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: OnStep
     ) -> tuple[Tensor, int]:
-        assert isinstance(sampling, InterpolantSampling)
+        assert isinstance(sampling, PathSampling)
         if sampling.direction == "backward":
             raise UserError("direction: backward begins with items of the data: give them, with --from FILE")
         start = draws.normal(self.spec.shape) if self.spec.start is None else self._kept(draws)
         return self.translate(start, draws, sampling, condition, on_step)
 
+    @abstractmethod
+    def _noise(self, sampling: PathSampling) -> tuple[Epsilon, bool]:
+        """The noise of the SDE, and whether it ends with the estimate of the data."""
+
     def translate(
         self, start: Tensor, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: OnStep
     ) -> tuple[Tensor, int]:
-        assert isinstance(sampling, InterpolantSampling)
+        assert isinstance(sampling, PathSampling)
         cap, steps = self.config.cap, sampling.num_steps
         times = grid(steps, cap, 1 - cap) if sampling.direction == "forward" else grid(steps, 1 - cap, cap)
-        epsilon = Epsilon(sampling.epsilon, self.config.path if sampling.follow else None)
-        denoise = sampling.denoise and sampling.epsilon > 0
+        epsilon, denoise = self._noise(sampling)
 
         def noise() -> Tensor:
             return draws.normal(self.spec.shape)
@@ -277,6 +362,34 @@ class Interpolant(GenerativeModel):
             x = state.x
             on_step(index + 1, steps)
         return x, evaluations(sampling.solver, steps, denoise)
+
+
+class Interpolant(_Between):
+    """See the module's text: fields are learned on a path that is given."""
+
+    config: InterpolantConfig
+
+    def __init__(self, config: InterpolantConfig, spec: DataSpec):
+        super().__init__(config, spec)
+        if config.sampling.epsilon > 0:
+            require_score(self.learned, config.path)
+
+    def _start(self, batch: Batch, draws: Draws) -> Tensor:
+        start = super()._start(batch, draws)
+        if self.config.coupling == "ot":
+            start = start[ot_pairing(start, batch.x0, batch.condition).to(start.device)]
+        return start
+
+    def loss(self, batch: Batch, draws: Draws) -> LossTerms:
+        meeting = self._meet(batch, draws)
+        parts = self._regress(meeting)
+        total = torch.stack(list(parts.values())).sum(0)
+        return LossTerms(total, meeting.t, {name: part.detach() for name, part in parts.items()})
+
+    def _noise(self, sampling: PathSampling) -> tuple[Epsilon, bool]:
+        assert isinstance(sampling, InterpolantSampling)
+        epsilon = Epsilon(sampling.epsilon, self.config.path if sampling.follow else None)
+        return epsilon, sampling.denoise and sampling.epsilon > 0
 
     def bound(
         self,
@@ -333,3 +446,105 @@ class Interpolant(GenerativeModel):
         D = self.spec.dimension
         t = torch.linspace(0, 1, count + 1, dtype=torch.float64)
         return BoundTerms((t[1:] + t[:-1]) / 2, shift - log_p.cpu() / D, -integrals.cpu() / D, is_density=step is None)
+
+
+class Bridge(_Between):
+    """See the module's text: fields are learned on a path that is bent towards the Schroedinger bridge.
+
+    The bend is t (1 - t) sum_k P_k(2 t - 1) f_k(x0, x1) with Legendre polynomials P_k, so that its slope is exact and
+    both ends stay where they are.
+
+    Attributes:
+        bend: a network of the kind of `network`, told (x0, x1) below each other; its outputs are the f_k.
+    """
+
+    config: BridgeConfig
+
+    def __init__(self, config: BridgeConfig, spec: DataSpec):
+        super().__init__(config, spec)
+        path = config.path
+        if path.one_sided or path.mirror or not path.noisy:
+            raise UserError(
+                f"path: {path.kind} cannot become a bridge, which needs two ends that do not depend on each other, and "
+                "noise between them; take linear"
+            )
+        both, classes = (2 * spec.shape[0], *spec.shape[1:]), spec.num_classes if config.conditional else None
+        self.bend = config.network.build(both, num_classes=classes, num_outputs=_BENDS // 2)
+
+    @property
+    def not_compiled(self) -> str:
+        return "the path of a bridge is bent by the gradient of its field in x_t; take training.compile=false"
+
+    def networks(self) -> list[nn.Module]:
+        return [self.network, self.bend]
+
+    def _bent(self, meeting: _Meeting) -> _Meeting:
+        """The same meeting on the bent path."""
+        ends = torch.cat([meeting.x0, meeting.x1], dim=1)
+        outs = self.bend(ends, torch.zeros(len(ends), device=ends.device), meeting.condition).float()
+        place, slope = meeting.place, meeting.slope
+        shape, slopes = _bends(meeting.t)
+        for k, out in enumerate(outs.chunk(_BENDS, dim=1)):
+            place = place + column(_PACE * shape[k], out) * out
+            slope = slope + column(_PACE * slopes[k], out) * out
+        return meeting._replace(place=place, slope=slope)
+
+    def loss(self, batch: Batch, draws: Draws) -> LossTerms:
+        bent = self._bent(self._meet(batch, draws))
+        parts = self._regress(bent._replace(place=bent.place.detach(), slope=bent.slope.detach()))
+        energy = -2 * self._objective(bent)
+        total = torch.stack(list(parts.values())).sum(0) + energy / 2
+        return LossTerms(total, bent.t, {name: part.detach() for name, part in (parts | {"energy": energy}).items()})
+
+    def _objective(self, bent: _Meeting) -> Tensor:
+        """|u|^2 / 2 - (I' + (gamma' - epsilon / gamma) z) . u, a mean over values and both signs of z, (B,).
+
+        At its minimum in u it is -E|u|^2 / 2. Only the path gets its gradient.
+        """
+        epsilon, c = self.config.epsilon, bent.c
+        with _still(self.network):
+            b, s = (out.chunk(len(bent.signs)) for out in self._outputs_at(bent))
+        push = column((c.gamma_gamma_dot - epsilon) / c.gamma, bent.z) * bent.z
+        values = []
+        for sign, one, other in zip(bent.signs, b, s, strict=True):
+            u = one + epsilon * other
+            values.append(u.square() / 2 - (bent.slope + sign * push) * u)
+        return torch.stack(values).flatten(2).mean((0, 2))
+
+    def fields_at(self, condition: Tensor | None = None) -> FieldsAt:
+        straight = super().fields_at(condition)
+
+        def at(t: float, x: Tensor) -> Fields:
+            fields = straight(t, x)
+            # Of a bent path the ends do not follow from b and s.
+            return Fields(fields.b, fields.s, fields.eta)
+
+        return at
+
+    def _noise(self, sampling: PathSampling) -> tuple[Epsilon, bool]:
+        assert isinstance(sampling, BridgeSampling)
+        return Epsilon(self.config.epsilon if sampling.epsilon is None else sampling.epsilon), False
+
+
+def _bends(t: Tensor) -> tuple[Tensor, Tensor]:
+    """T (1 - t) P_k(2 t - 1) and its slope for k = 0, 1, ..., each (_BENDS, B), float64."""
+    u, form = 2 * t - 1, (t * (1 - t), 1 - 2 * t)
+    values, slopes = [torch.ones_like(u), u], [torch.zeros_like(u), 2 * torch.ones_like(u)]
+    for k in range(1, _BENDS - 1):
+        values.append(((2 * k + 1) * u * values[k] - k * values[k - 1]) / (k + 1))
+        slopes.append(((2 * k + 1) * (2 * values[k] + u * slopes[k]) - k * slopes[k - 1]) / (k + 1))
+    value, slope = torch.stack(values), torch.stack(slopes)
+    return form[0] * value, form[1] * value + form[0] * slope
+
+
+@contextmanager
+def _still(network: nn.Module) -> Iterator[None]:
+    """What is computed inside has no gradient in the network's parameters."""
+    wanting = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in wanting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
