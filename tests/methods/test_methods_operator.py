@@ -395,14 +395,15 @@ def test_samples_are_the_ends_of_its_trajectories(schedule):
     noise = SampleDraws(3, 0, 7).normal((2,)) * SCHEDULES.parse(schedule).prior_std
     with torch.no_grad():
         assert close(samples.data, model.solve(noise, samples.condition)[:, -1])
-    parts = list(model.trajectories(7, seed=3, batch_size=3))
-    assert [len(part) for part in parts] == [3, 3, 1]
-    paths = torch.cat(parts)
-    assert paths.shape == (7, 5, 2)
-    assert torch.equal(paths[:, 0], noise)
+    found = model.trajectories(7, seed=3, batch_size=3)
+    paths, sizes = found.states, torch.tensor([level.size for level in model.path_levels])
+    assert paths.shape == (7, 5, 2) and found.done == (0, 1, 2, 3, 4)
+    assert close(paths[:, 0] * sizes[0], noise)
+    with torch.no_grad():
+        assert close(paths[:, 1:] * sizes[1:, None], model.solve(noise, samples.condition))
     assert close(model.spec.decode(paths[:, -1]), samples.data)
     assert len(model.path_levels) == 5
-    ones = torch.cat(list(model.trajectories(7, seed=3, condition=1)))
+    ones = model.trajectories(7, seed=3, condition=1).states
     assert close(ones[:, -1], model.sample(7, seed=3, condition=1).data)
     assert close(model.sample(7, seed=3, batch_size=2).data, samples.data)
 
@@ -410,7 +411,7 @@ def test_samples_are_the_ends_of_its_trajectories(schedule):
 def test_samples_of_images_are_kept_in_their_range_and_trajectories_are_not():
     model = build(IMAGES, network=UNetConfig(channels=4, mult=(1,), blocks=1, attention=()))
     model.operator.backbone.conv_out.weight.data.mul_(50)
-    samples, paths = model.sample(3, seed=1).data, next(model.trajectories(3, seed=1))
+    samples, paths = model.sample(3, seed=1).data, model.trajectories(3, seed=1).states
     assert float(samples.abs().max()) == 1
     assert float(paths[:, -1].abs().max()) > 1
     assert torch.equal(samples, model.spec.decode(paths[:, -1]))
@@ -424,7 +425,7 @@ def test_one_call_is_all_there_is():
             model.sample(2, num_steps=count)
     seen = []
     model.sample(4, batch_size=2, on_step=lambda done, of: seen.append((done, of)))
-    assert seen == [(1, 2), (2, 2)]
+    assert seen == [(k, 8) for k in range(1, 9)]
     calls = []
     model.operator.backbone.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
     model.sample(3)
@@ -433,13 +434,6 @@ def test_one_call_is_all_there_is():
     model.probe(5)
     assert calls == [20]
     assert model.networks() == [model.operator]
-
-
-def test_between_batches_of_trajectories_gradients_are_on():
-    model = build()
-    for _ in model.trajectories(4, batch_size=2):
-        assert not torch.is_inference_mode_enabled()
-        assert model.solve(torch.randn(2, 2)).requires_grad
 
 
 def test_the_recipe_and_its_configuration_survive_writing():

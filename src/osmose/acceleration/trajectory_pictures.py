@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from osmose.acceleration.trajectories import Trajectories
 from osmose.data.dataset import DataSpec
-from osmose.data.pictures import image_grid
-from osmose.gaussian.schedule import Level
+from osmose.data.pictures import has_picture, image_grid
+from osmose.errors import UserError
 from osmose.training import files
 
 #: Trajectories in the picture: rows of images, or paths of points over so many ends of others.
@@ -30,7 +29,9 @@ def write_picture(trajectories: Trajectories, spec: DataSpec) -> Path:
     """
     found, _ = trajectories.rows(torch.arange(min(len(trajectories), most_drawn(spec))))
     path = trajectories.folder / "trajectories.png"
-    files.write_bytes(path, picture_of(found, trajectories.levels, spec))
+    sizes = found.new_tensor([level.size for level in trajectories.levels[:-1]] + [1.0])
+    found = found / sizes.view(-1, *(1,) * len(spec.shape))
+    files.write_bytes(path, picture_of(found, [f"t = {level.t:.3g}" for level in trajectories.levels], spec))
     return path
 
 
@@ -39,27 +40,31 @@ def most_drawn(spec: DataSpec) -> int:
     return _ROWS if spec.kind == "image" else _ENDS
 
 
-def picture_of(found: Tensor, levels: Sequence[Level[float]], spec: DataSpec) -> bytes:
-    """A PNG of trajectories; states are divided by sqrt(alpha^2 + sigma^2).
+def picture_of(found: Tensor, labels: Sequence[str], spec: DataSpec) -> bytes:
+    """A PNG of trajectories.
 
     Args:
-        found: at most `most_drawn` of them, model units, shape (n, len(levels), *event).
-        levels: where their states are, the noise first and clean data last.
-        spec: of the data, which have a picture.
+        found: at most `most_drawn` of them, model units, the beginning first and the data last, shape
+            (n, len(labels), *event).
+        labels: what to write above each state of images.
+        spec: of the data.
+
+    Raises:
+        UserError: data that have no picture.
     """
-    size = [math.hypot(level.alpha, level.sigma) for level in levels[:-1]] + [1.0]
-    found = found / torch.tensor(size).view(-1, *(1,) * len(spec.shape))
+    if not has_picture(spec):
+        raise UserError(f"data of kind {spec.kind!r} and shape {spec.shape} have no picture; write .npz instead")
     draw = _images if spec.kind == "image" else _paths
     buffer = io.BytesIO()
-    draw(found, [level.t for level in levels], spec).savefig(buffer, format="png")
+    draw(found, labels, spec).savefig(buffer, format="png")
     return buffer.getvalue()
 
 
-def _images(found: Tensor, times: Sequence[float], spec: DataSpec) -> Any:
+def _images(found: Tensor, labels: Sequence[str], spec: DataSpec) -> Any:
     """A row for each trajectory, from noise to data."""
     from matplotlib.figure import Figure
 
-    picture = image_grid(spec.decode(found.flatten(0, 1)), spec, columns=len(times), min_side=720).convert("RGB")
+    picture = image_grid(spec.decode(found.flatten(0, 1)), spec, columns=len(labels), min_side=720).convert("RGB")
     # Pixel by pixel: the images' own are whole numbers of the figure's.
     margin, dpi = 24, 100
     width, height = picture.width, picture.height + margin
@@ -67,13 +72,12 @@ def _images(found: Tensor, times: Sequence[float], spec: DataSpec) -> Any:
     axes = figure.add_axes((0, 0, 1, picture.height / height))
     axes.imshow(picture, interpolation="nearest", aspect="auto")
     axes.set_axis_off()
-    for index, t in enumerate(times):
-        label = f"t = {t:.3g}" if index == 0 else f"{t:.3g}"
-        figure.text((index + 0.5) / len(times), 1 - margin / 2 / height, label, ha="center", va="center", fontsize=8)
+    for index, label in enumerate(labels):
+        figure.text((index + 0.5) / len(labels), 1 - margin / 2 / height, label, ha="center", va="center", fontsize=8)
     return figure
 
 
-def _paths(found: Tensor, times: Sequence[float], spec: DataSpec) -> Any:  # noqa: ARG001
+def _paths(found: Tensor, labels: Sequence[str], spec: DataSpec) -> Any:  # noqa: ARG001
     """Lines from noise to data over the ends of more of them, in the first two coordinates."""
     from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
@@ -82,9 +86,9 @@ def _paths(found: Tensor, times: Sequence[float], spec: DataSpec) -> Any:  # noq
     axes, paths, ends = figure.add_subplot(), found[:_PATHS, :, :2], found[:, -1, :2]
     axes.scatter(ends[:, 0], ends[:, 1], s=3, c="0.7", linewidths=0, label="ends")
     axes.add_collection(LineCollection(list(paths.numpy()), colors="tab:blue", linewidths=0.5, alpha=0.5))
-    for index, colour, name in ((0, "tab:red", "noise"), (-1, "tab:blue", "data")):
+    for index, colour, name in ((0, "tab:red", "beginning"), (-1, "tab:blue", "data")):
         axes.scatter(paths[:, index, 0], paths[:, index, 1], s=6, c=colour, linewidths=0, label=name, zorder=3)
-    axes.set_title(f"{len(paths)} of the trajectories; states / sqrt(alpha² + sigma²), model units", fontsize=9)
+    axes.set_title(f"{len(paths)} of the trajectories in model units", fontsize=9)
     axes.set_aspect("equal", adjustable="datalim")
     axes.legend(loc="upper right", fontsize=8, markerscale=2)
     return figure

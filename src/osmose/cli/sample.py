@@ -15,6 +15,8 @@ from osmose.training.progress import sampling_bar
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 #: A picture of more samples than this helps nobody and may not fit in memory.
 _MOST_IN_PICTURE = 10_000
+#: States of each trajectory in a picture.
+_COLUMNS = 11
 
 
 @dataclass
@@ -28,8 +30,8 @@ class Sample:
     A model between two data sets translates the items of --from, an .npz, a .csv or an image; without it samples begin
     with held-out items of the first one. direction=backward goes the other way.
 
-    Of a neural operator (dsno) --trajectory writes whole paths: a .png, or an .npz with `states` (n, times, ...) in the
-    model's units from the noise to the sample, and `t`.
+    --trajectory writes how samples come about: a .png with some states of each, or an .npz with all `states`
+    (n, states, ...) in the model's units from the beginning to the sample, and the steps `done` at each.
     """
 
     model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder")]
@@ -45,7 +47,7 @@ class Sample:
     from_: Annotated[
         Path | None, arg(name="from", metavar="FILE", help="items to translate: .npz, .csv or an image (interpolant)")
     ] = None
-    trajectory: Annotated[bool, arg(help="write whole trajectories (dsno)")] = False
+    trajectory: Annotated[bool, arg(help="write how samples come about, step by step")] = False
     label: Annotated[
         int | None, arg(help="class of all samples (conditional models); all classes in turn if not given")
     ] = None
@@ -79,18 +81,12 @@ class Sample:
         num = (64 if start is None else len(start)) if self.num is None else self.num
         if suffix != ".npz" and num > _MOST_IN_PICTURE:
             raise UserError(f"--num: {num} samples do not fit in a picture; write them to an .npz")
+        asked = {"seed": self.seed, "condition": self.label, "batch_size": self.batch_size, **options}
+        asked["start"] = None if start is None else start[:num]
         if self.trajectory:
-            return self._trajectories(model, suffix, num)
+            return self._trajectories(model, suffix, num, form, asked)
         with quiet_warnings(), sampling_bar("sampling", not (self.quiet or self.json)) as on_step:
-            parts = model.stream(
-                num,
-                seed=self.seed,
-                condition=self.label,
-                batch_size=self.batch_size,
-                on_step=on_step,
-                start=None if start is None else start[:num],
-                **options,
-            )
+            parts = model.stream(num, on_step=on_step, **asked)
             if suffix == ".npz":
                 nfe, seconds = write_stream(self.out, parts, num, form)
             else:
@@ -119,29 +115,25 @@ class Sample:
             raise UserError(f"--num: {self.num} is more than the {len(items)} items of --from")
         return items
 
-    def _trajectories(self, model: Any, suffix: str, num: int) -> Result:
+    def _trajectories(self, model: Any, suffix: str, num: int, form: Any, asked: dict[str, Any]) -> Result:
         import numpy as np
-        import torch
 
         from osmose.acceleration.trajectory_pictures import most_drawn, picture_of
-        from osmose.methods.operator import DSNO
         from osmose.training import files
 
-        if not isinstance(model, DSNO):
-            raise UserError(
-                f"--trajectory: a run of {model.config.kind} gives samples alone; dsno gives whole trajectories, and "
-                "osmose trajectories stores those of a diffusion"
-            )
         if suffix not in (".npz", ".png"):
             raise UserError(f"--out: {self.out} is not valid: trajectories are written to .npz or .png")
-        count = num if suffix == ".npz" else min(num, most_drawn(model.spec))
-        size = {} if self.batch_size is None else {"batch_size": self.batch_size}
-        parts = list(model.trajectories(count, seed=self.seed, condition=self.label, **size))
-        states, levels = torch.cat(parts), model.path_levels
-        if suffix == ".png":
-            files.write_bytes(self.out, picture_of(states, levels, model.spec))
-        else:
+        whole = suffix == ".npz"
+        count = num if whole else min(num, most_drawn(form))
+        if asked["start"] is not None:
+            asked["start"] = asked["start"][:count]
+        with quiet_warnings(), sampling_bar("sampling", not (self.quiet or self.json)) as on_step:
+            paths = model.trajectories(count, most=None if whole else _COLUMNS, on_step=on_step, **asked)
+        if whole:
             with files.replacing(self.out) as temporary, temporary.open("wb") as file:
-                np.savez(file, states=states.numpy(), t=np.array([level.t for level in levels]))
-        wrote = f"wrote {self.out}: {count} trajectories of {len(levels)} states"
+                np.savez(file, states=paths.states.numpy(), done=np.array(paths.done))
+        else:
+            labels = [f"step {done}" for done in paths.done]
+            files.write_bytes(self.out, picture_of(paths.states, labels, form))
+        wrote = f"wrote {self.out}: {count} trajectories of {len(paths.done)} states"
         return Result({"out": str(self.out), "n": count, "seed": self.seed}, [wrote], f"osmose evaluate {self.model}")

@@ -32,6 +32,11 @@ class Level(NamedTuple, Generic[Number]):
     alpha: Number
     sigma: Number
 
+    @property
+    def size(self) -> float:
+        """sqrt(alpha^2 + sigma^2) of one level, the deviation of noisy data whose own is 1."""
+        return math.hypot(float(self.alpha), float(self.sigma))
+
 
 #: The end of every sampling grid: clean data.
 CLEAN = Level(0.0, 1.0, 0.0)

@@ -10,7 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny
@@ -29,6 +29,13 @@ NetworkChoice = Annotated[SerializeAsAny[NetworkConfig], BeforeValidator(NETWORK
 
 #: Called after each solver step with the number of steps done and the number in all.
 OnStep = Callable[[int, int], None]
+
+
+class Watch(Protocol):
+    """What a batch of samples is watched by: told of its beginning, where it is worth seeing, and of each step."""
+
+    def __call__(self, done: int, of: int, state: Tensor | None = None, /) -> None:
+        """Steps done and in all, and what the samples are by now, of some unit variance in the model's units."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,20 @@ class Samples:
     nfe: int
     seconds: float
     condition: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SamplePaths:
+    """How samples came about.
+
+    Attributes:
+        states: float32, model units, as far as need be divided by their deviation, (n, K, *event), on the CPU; the
+            last is the sample.
+        done: the steps after which they are, (K,), 0 the beginning.
+    """
+
+    states: Tensor
+    done: tuple[int, ...]
 
 
 class SamplingConfig(Config):
@@ -224,9 +245,12 @@ class GenerativeModel(nn.Module, ABC):
 
     @abstractmethod
     def generate(
-        self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: OnStep
+        self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: Watch
     ) -> tuple[Tensor, int]:
-        """One batch of `draws.count` samples in the model's units, and the network evaluations spent on each."""
+        """One batch of `draws.count` samples in the model's units, and the network evaluations spent on each.
+
+        Tells `on_step` after each step what the samples are by then, if there is something to see.
+        """
 
     def ends(self, sampling: SamplingConfig) -> tuple[DataSpec | None, DataSpec]:  # noqa: ARG002
         """The form of what `translate` takes, None for models that begin with noise, and of what sampling gives."""
@@ -238,7 +262,7 @@ class GenerativeModel(nn.Module, ABC):
         draws: Draws,  # noqa: ARG002
         sampling: SamplingConfig,  # noqa: ARG002
         condition: Tensor | None,  # noqa: ARG002
-        on_step: OnStep,  # noqa: ARG002
+        on_step: Watch,  # noqa: ARG002
     ) -> tuple[Tensor, int]:
         """`generate` from given items, in the model's units for them, (draws.count, *event).
 
@@ -352,9 +376,10 @@ class GenerativeModel(nn.Module, ABC):
         batch_size: int | None = None,
         on_step: OnStep | None = None,
         start: Tensor | None = None,
+        on_state: Watch | None = None,
         **options: Any,
     ) -> Iterator[Samples]:
-        """`sample`, batch by batch, for more samples than fit in memory."""
+        """`sample`, batch by batch, for more samples than fit in memory; `on_state` watches each of them."""
         if num_samples < 1:
             raise UserError(f"num_samples: {num_samples} is not valid: must be at least 1")
         if not 0 <= seed < 2**63:
@@ -374,8 +399,10 @@ class GenerativeModel(nn.Module, ABC):
             count = min(batch_size, num_samples - first)
             part = None if classes is None else classes[first : first + count]
 
-            def report(done: int, of: int, index: int = index) -> None:
-                if on_step is not None:
+            def report(done: int, of: int, state: Tensor | None = None, /, *, index: int = index) -> None:
+                if on_state is not None:
+                    on_state(done, of, state)
+                if on_step is not None and done:
                     on_step(index * of + done, total * of)
 
             began = time.perf_counter()
@@ -430,6 +457,36 @@ class GenerativeModel(nn.Module, ABC):
             torch.cat(conditions) if conditions else None,
         )
 
+    def trajectories(self, num_samples: int, *, most: int | None = None, **options: Any) -> SamplePaths:
+        """How the samples that `sample` gives with the same options come about, step by step.
+
+        Args:
+            num_samples: how many.
+            most: keep so many states of each, evenly spread over the steps; all of them if None.
+            **options: of `sample`.
+
+        Raises:
+            UserError: a model that draws samples at once; fewer than 2 states; an option that is refused.
+        """
+        if most is not None and most < 2:
+            raise UserError(f"most: {most} is not valid: a trajectory has 2 states at least")
+        found: list[dict[int, Tensor]] = []
+
+        def keep(done: int, of: int, state: Tensor | None = None, /) -> None:
+            if done == 0:
+                found[-1].clear()  # a rough sample before may have had steps of its own
+            wanted = most is None or done in {round(k * of / (most - 1)) for k in range(most)}
+            if state is not None and wanted:
+                found[-1][done] = state.float().cpu().clone()
+
+        found.append({})
+        for _ in self.stream(num_samples, on_state=keep, **options):
+            found.append({})
+        if len(found[0]) < 2:
+            raise UserError(f"trajectory: {self.config.kind} draws its samples at once, without states in between")
+        states = [torch.stack(list(batch.values()), 1) for batch in found[:-1]]
+        return SamplePaths(torch.cat(states), tuple(found[0]))
+
     def classes_for(self, num_samples: int, condition: Tensor | int | None = None) -> Tensor | None:
         """The class of each sample, int64 (num_samples,) on the CPU: as asked for, or all classes in turn.
 
@@ -477,7 +534,7 @@ class OneShot(GenerativeModel):
         draws: Draws,
         sampling: SamplingConfig,  # noqa: ARG002
         condition: Tensor | None,
-        on_step: OnStep,
+        on_step: Watch,
     ) -> tuple[Tensor, int]:
         x = self.draw(draws, condition)
         on_step(1, 1)

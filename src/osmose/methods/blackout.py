@@ -55,6 +55,7 @@ from osmose.methods.base import (
     NetworkChoice,
     OnStep,
     SamplingConfig,
+    Watch,
 )
 from osmose.networks.presets import network_for
 
@@ -286,15 +287,16 @@ class Blackout(GenerativeModel):
         return -log_p.flatten(1).mean(1)
 
     def generate(
-        self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: OnStep
+        self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: Watch
     ) -> tuple[Tensor, int]:
         assert isinstance(sampling, BlackoutSampling)
         grid = self.config.schedule.grid(sampling.num_steps)
         u, step = self.config.schedule.log_odds(grid), steps[sampling.solver]
         n = torch.zeros(draws.count, *self.spec.shape, dtype=torch.int64, device=self.device)
+        on_step(0, len(grid), self.spec.from_levels(n))
         for index in reversed(range(len(grid))):
             y = self.missing(n, grid[index].expand(draws.count), condition)
             r = float(regained(u[index - 1], u[index])) if index else 1.0
             n = step(n.cpu(), y.cpu(), r, self.largest, draws).to(self.device)
-            on_step(len(grid) - index, len(grid))
+            on_step(len(grid) - index, len(grid), self.spec.from_levels(n))
         return self.spec.from_levels(n), len(grid)

@@ -19,7 +19,7 @@ from osmose.gaussian.noise import Noise, WhiteNoise
 from osmose.gaussian.parametrization import Parametrization
 from osmose.gaussian.schedule import Level, Schedule
 from osmose.gaussian.solvers import DDIM, Solver
-from osmose.methods.base import Batch, GenerativeModel, MethodConfig, NetworkChoice, OnStep, SamplingConfig
+from osmose.methods.base import Batch, GenerativeModel, MethodConfig, NetworkChoice, SamplingConfig, Watch
 from osmose.methods.moments import Moments
 from osmose.networks.calibration import Levels, calibrations
 from osmose.networks.presets import network_for
@@ -149,7 +149,7 @@ class ChainModel(GenerativeModel):
         draws: Draws,
         sampling: GaussianSampling,
         condition: Tensor | None,
-        on_step: OnStep,
+        on_step: Watch,
     ) -> tuple[Tensor, int]:
         """Finish rough samples: noise them to the level where the chain is entered at time t, and go on from there.
 
@@ -170,7 +170,7 @@ class ChainModel(GenerativeModel):
 
     @abstractmethod
     def outline(
-        self, ratio: float, draws: Draws, sampling: GaussianSampling, condition: Tensor | None, on_step: OnStep
+        self, ratio: float, draws: Draws, sampling: GaussianSampling, condition: Tensor | None, on_step: Watch
     ) -> tuple[Tensor, int]:
         """Leave the chain in the middle: E[x0 | x_t] where sigma / alpha has come down to `ratio`.
 

@@ -55,7 +55,7 @@ from osmose.gaussian.trigflow import (
     require_forward_derivative,
     turned,
 )
-from osmose.methods.base import Batch, GenerativeModel, LossTerms, OnStep, SamplingConfig
+from osmose.methods.base import Batch, GenerativeModel, LossTerms, SamplingConfig, Watch
 from osmose.methods.chain import ParametrizationChoice, ProcessConfig, ScheduleChoice, calibrate
 from osmose.methods.times import LogNormalTimes, TimesChoice
 from osmose.networks.base import sinusoids
@@ -267,7 +267,7 @@ class Consistency(GenerativeModel):
         self.denoiser.probe(items, self.spec.shape, self.config.conditional)
 
     def generate(
-        self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: OnStep
+        self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: Watch
     ) -> tuple[Tensor, int]:
         assert isinstance(sampling, ConsistencySampling)
         assert sampling.num_steps is not None
@@ -275,13 +275,14 @@ class Consistency(GenerativeModel):
         ends = [start * (count - step) / count for step in range(count)] if self.segments > 1 else [start]
         angles = [*ends, *(sampling.t_mid or ()), 0.0]
         x = self._noise(draws)
+        on_step(0, count, x)
         for step in range(count):
             angle, after = angles[step], angles[step + 1]
             velocity = flow.velocity(x, torch.full((len(x),), angle, dtype=torch.float64), condition)
             x = turned(x, velocity, angle - (after if self.segments > 1 else 0.0))
             if self.segments == 1 and after > 0:
                 x = math.cos(after) * x + math.sin(after) * self._noise(draws)
-            on_step(step + 1, count)
+            on_step(step + 1, count, x)
         return x, count
 
     def after_step(self, parts: Sequence[tuple[Batch, Draws]]) -> None:  # noqa: ARG002

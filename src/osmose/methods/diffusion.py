@@ -30,7 +30,7 @@ from osmose.gaussian.parametrization import EDMParametrization, EpsParametrizati
 from osmose.gaussian.schedule import CosineSchedule, Level, LinearSchedule, VarianceExploding
 from osmose.gaussian.solvers import Ancestral, Heun
 from osmose.methods import OBJECTIVES
-from osmose.methods.base import Batch, BoundTerms, LossTerms, OnStep, Regression, SamplingConfig
+from osmose.methods.base import Batch, BoundTerms, LossTerms, OnStep, Regression, SamplingConfig, Watch
 from osmose.methods.chain import (
     ChainModel,
     GaussianSampling,
@@ -247,7 +247,7 @@ class Diffusion(ChainModel):
         return BoundTerms(t, chain.prior_term(x0.cpu().double(), self.schedule.prior_std), table, x0_error, eps_error)
 
     def generate(
-        self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: OnStep
+        self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: Watch
     ) -> tuple[Tensor, int]:
         assert isinstance(sampling, GaussianSampling)
         grid = self._grid(sampling)
@@ -294,7 +294,7 @@ class Diffusion(ChainModel):
         draws: Draws,
         sampling: GaussianSampling,
         condition: Tensor | None,
-        on_step: OnStep,
+        on_step: Watch,
     ) -> tuple[Tensor, int]:
         levels, start = self._grid(sampling).levels, self.entry(t, sampling)
         x = noised(x0, self.noise(draws), start)
@@ -302,14 +302,18 @@ class Diffusion(ChainModel):
         return self._run(x, levels, draws, sampling, self._denoise(sampling, condition), on_step)
 
     def outline(
-        self, ratio: float, draws: Draws, sampling: GaussianSampling, condition: Tensor | None, on_step: OnStep
+        self, ratio: float, draws: Draws, sampling: GaussianSampling, condition: Tensor | None, on_step: Watch
     ) -> tuple[Tensor, int]:
         last, denoise = self.level_at(ratio, sampling), self._denoise(sampling, condition)
         levels = (*(level for level in self._grid(sampling).levels[:-1] if level.t > last.t + _SAME_TIME), last)
         x = self.noise(draws) * self.schedule.prior_std
-        x, _ = self._run(x, levels, draws, sampling, denoise, lambda done, of: on_step(done, of + 1))
+
+        def one_more(done: int, of: int, state: Tensor | None = None, /) -> None:
+            on_step(done, of + 1, state)
+
+        x, _ = self._run(x, levels, draws, sampling, denoise, one_more)
         x0 = denoise(x, levels[-1])
-        on_step(len(levels), len(levels))
+        on_step(len(levels), len(levels), x0)
         return x0, denoise.calls
 
     def _grid(self, sampling: GaussianSampling) -> TimeGrid:
@@ -325,14 +329,15 @@ class Diffusion(ChainModel):
         draws: Draws,
         sampling: GaussianSampling,
         denoise: Conditioned,
-        on_step: OnStep,
+        on_step: Watch,
     ) -> tuple[Tensor, int]:
         """Take x from the first of some levels to the last; x there, and the evaluations that it took."""
         solver, grid = sampling.solver, TimeGrid(levels)
         if warning := solver.warning(sampling.num_steps, self.schedule.native_steps):
             warnings.warn(warning, stacklevel=2)
 
+        on_step(0, grid.num_steps, x / levels[0].size)
         for step, state in enumerate(solver.run(denoise, x, grid, lambda: self.noise(draws)), 1):
             x = state.x
-            on_step(step, grid.num_steps)
+            on_step(step, grid.num_steps, x / levels[step].size)
         return x, denoise.calls

@@ -53,6 +53,7 @@ from osmose.methods.base import (
     NetworkChoice,
     OnStep,
     SamplingConfig,
+    Watch,
 )
 from osmose.methods.chain import calibrate
 from osmose.methods.moments import level_step
@@ -333,7 +334,7 @@ class _Between(GenerativeModel):
         return self.spec, self.spec.start
 
     def generate(
-        self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: OnStep
+        self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: Watch
     ) -> tuple[Tensor, int]:
         assert isinstance(sampling, PathSampling)
         if sampling.direction == "backward":
@@ -346,7 +347,7 @@ class _Between(GenerativeModel):
         """The noise of the SDE, and whether it ends with the estimate of the data."""
 
     def translate(
-        self, start: Tensor, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: OnStep
+        self, start: Tensor, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: Watch
     ) -> tuple[Tensor, int]:
         assert isinstance(sampling, PathSampling)
         cap, steps = self.config.cap, sampling.num_steps
@@ -357,10 +358,11 @@ class _Between(GenerativeModel):
             return draws.normal(self.spec.shape)
 
         x = start
+        on_step(0, steps, x)
         states = transport(self.fields_at(condition), x, times, epsilon, noise, sampling.solver, denoise)
         for index, state in enumerate(states):
             x = state.x
-            on_step(index + 1, steps)
+            on_step(index + 1, steps, x)
         return x, evaluations(sampling.solver, steps, denoise)
 
 

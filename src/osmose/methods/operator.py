@@ -23,7 +23,7 @@ only ones: with others a network has to be taught anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -34,9 +34,9 @@ from osmose.configuration import ConfigError
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.denoiser import NetworkDenoiser
-from osmose.gaussian.draws import Draws, SampleDraws
+from osmose.gaussian.draws import Draws
 from osmose.gaussian.schedule import CLEAN, Level
-from osmose.methods.base import Batch, GenerativeModel, LossTerms, OnStep, SamplingConfig
+from osmose.methods.base import Batch, GenerativeModel, LossTerms, SamplingConfig, Watch
 from osmose.methods.chain import ProcessConfig
 from osmose.networks.copying import copy_weights
 from osmose.networks.temporal import TemporalNetwork
@@ -217,28 +217,14 @@ class DSNO(GenerativeModel):
         draws: Draws,
         sampling: SamplingConfig,  # noqa: ARG002
         condition: Tensor | None,
-        on_step: OnStep,
+        on_step: Watch,
     ) -> tuple[Tensor, int]:
-        x = self.solve(self._noise(draws), condition)[:, -1]
-        on_step(1, 1)
-        return x, self.config.num_times
-
-    def trajectories(
-        self, num_samples: int, *, seed: int = 0, condition: Tensor | int | None = None, batch_size: int = 256
-    ) -> Iterator[Tensor]:
-        """The whole paths of the samples of a seed, batch by batch: the noise, then the M states.
-
-        Yields:
-            Model units, float32 (n, M + 1, *event), on the CPU; what `sample` gives is the last state in data units.
-        """
-        classes = self.classes_for(num_samples, condition)
-        for first in range(0, num_samples, batch_size):
-            count = min(batch_size, num_samples - first)
-            own = None if classes is None else classes[first : first + count].to(self.device)
-            with torch.inference_mode():
-                x_t = self._noise(SampleDraws(seed, first, count, self.device))
-                paths = torch.cat([x_t.unsqueeze(1), self.solve(x_t, own)], 1)
-            yield paths.cpu().clone()
+        noise, count = self._noise(draws), self.config.num_times
+        states = self.solve(noise, condition)
+        on_step(0, count, noise / self._top.size)
+        for step, (state, level) in enumerate(zip(states.unbind(1), (*self.levels[:-1], CLEAN), strict=True), 1):
+            on_step(step, count, state / level.size)
+        return states[:, -1], count
 
     @property
     def path_levels(self) -> tuple[Level[float], ...]:

@@ -20,7 +20,7 @@ from osmose.gaussian.draws import Draws
 from osmose.gaussian.grid import Spacing, TimeGrid
 from osmose.gaussian.jumps import Partition
 from osmose.gaussian.solvers import DDIM
-from osmose.methods.base import Batch, GenerativeModel, LossTerms, MethodChoice, MethodConfig, OnStep, SamplingConfig
+from osmose.methods.base import Batch, GenerativeModel, LossTerms, MethodChoice, MethodConfig, SamplingConfig, Watch
 from osmose.methods.chain import ChainModel
 
 #: So many groups of equal length, or the last step of each group.
@@ -142,14 +142,15 @@ class Students(GenerativeModel):
         raise UserError("distilled: is put together of distilled students and has nothing to train")
 
     def generate(
-        self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: OnStep
+        self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: Watch
     ) -> tuple[Tensor, int]:
         assert isinstance(sampling, StudentSampling)
         limits = self.spec.model_range if self.config.clip else None
         denoise = Conditioned(self.student(sampling.num_steps), condition, limits)
         x = self._noise(draws) * self.schedule.prior_std
         grid = self.grids[sampling.num_steps]
+        on_step(0, grid.num_steps, x / grid.levels[0].size)
         for step, state in enumerate(DDIM().run(denoise, x, grid, lambda: self._noise(draws)), 1):
             x = state.x
-            on_step(step, grid.num_steps)
+            on_step(step, grid.num_steps, x / grid.levels[step].size)
         return x, denoise.calls

@@ -22,7 +22,7 @@ from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import Draws, SampleDraws, seeded
 from osmose.gaussian.schedule import CLEAN, Level
-from osmose.methods.base import Batch, GenerativeModel, LossTerms, MethodChoice, MethodConfig, OnStep, SamplingConfig
+from osmose.methods.base import Batch, GenerativeModel, LossTerms, MethodChoice, MethodConfig, SamplingConfig, Watch
 from osmose.methods.chain import ChainModel, GaussianSampling
 
 
@@ -60,7 +60,7 @@ class Rough(nn.Module, ABC):
 
     @abstractmethod
     def draw(
-        self, draws: Draws, level: Level[float], sampling: GaussianSampling, condition: Tensor | None, on_step: OnStep
+        self, draws: Draws, level: Level[float], sampling: GaussianSampling, condition: Tensor | None, on_step: Watch
     ) -> tuple[Tensor, int]:
         """Rough samples in the chain's model units, and the network evaluations spent on each.
 
@@ -109,7 +109,7 @@ class _Run(Rough):
         level: Level[float],  # noqa: ARG002
         sampling: GaussianSampling,  # noqa: ARG002
         condition: Tensor | None,
-        on_step: OnStep,
+        on_step: Watch,
     ) -> tuple[Tensor, int]:
         x0, nfe = self.model.generate(draws, self.model.sampling(), condition, on_step)
         return (x0 if self.limits is None else x0.clamp(*self.limits)), nfe
@@ -151,7 +151,7 @@ class _LowResolution(Rough):
         self.model, self.factor = model, factor
 
     def draw(
-        self, draws: Draws, level: Level[float], sampling: GaussianSampling, condition: Tensor | None, on_step: OnStep
+        self, draws: Draws, level: Level[float], sampling: GaussianSampling, condition: Tensor | None, on_step: Watch
     ) -> tuple[Tensor, int]:
         if level.sigma == 0:
             x0, nfe = self.model.generate(draws, sampling, condition, on_step)
@@ -195,7 +195,7 @@ class _Stored(Rough):
         level: Level[float],  # noqa: ARG002
         sampling: GaussianSampling,  # noqa: ARG002
         condition: Tensor | None,  # noqa: ARG002
-        on_step: OnStep,  # noqa: ARG002
+        on_step: Watch,  # noqa: ARG002
     ) -> tuple[Tensor, int]:
         assert isinstance(draws, SampleDraws), "a surrogate draws samples and nothing else"
         order = torch.randperm(len(self.samples), generator=seeded(draws.seed, "stored"))
@@ -306,14 +306,14 @@ class Surrogate(GenerativeModel):
         raise UserError("surrogate: is put together of trained runs and has nothing to train")
 
     def rough(
-        self, draws: Draws, sampling: SurrogateSampling, condition: Tensor | None, on_step: OnStep
+        self, draws: Draws, sampling: SurrogateSampling, condition: Tensor | None, on_step: Watch
     ) -> tuple[Tensor, int]:
         """The rough samples x~0 that `generate` starts from, model units, and the network evaluations of each."""
         level = self.chain.entry(sampling.t_mid, sampling) if sampling.t_mid > 0 else CLEAN
         return self.generator.draw(draws.branch("surrogate"), level, sampling, condition, on_step)
 
     def generate(
-        self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: OnStep
+        self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: Watch
     ) -> tuple[Tensor, int]:
         assert isinstance(sampling, SurrogateSampling)
         x0, spent = self.rough(draws, sampling, condition, on_step)
