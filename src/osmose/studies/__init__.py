@@ -51,6 +51,10 @@ STUDIES = Registry(
             "osmose.studies.blackout:BlackoutStudy",
             "counts that stay counts: how units are given back, and Gaussian diffusion that is rounded",
         ),
+        "interpolants": (
+            "osmose.studies.interpolants:Interpolants",
+            "from any law to any other: ODE and SDEs, few steps, the Schroedinger bridge",
+        ),
         "vlb": ("osmose.studies.vlb:VLB", "the likelihood bound as the loss: gradient noise, bits, samples"),
     },
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +17,10 @@ from osmose.gaussian.draws import SampleDraws
 from osmose.methods.base import GenerativeModel
 from osmose.metrics.evaluate import score_samples
 from osmose.metrics.matrices import seeded, subset
+from osmose.studies.measures import csv_table
 from osmose.studies.plots import draw, log_scale, panels, real
 from osmose.studies.study import Cell, Claim, Results, Row, Study, Trained
 from osmose.studies.verdicts import all_of, lower, mean_and_spread, within
-from osmose.training import files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -352,10 +350,4 @@ def ink_table() -> Path:
     """A table of counts in the temporary folder: the ink in each row of pixels of the handwritten digits."""
     whole = load_digits("", DataConfig(source="digits"))
     rows = torch.cat([whole.train, whole.held_out]).long().sum((1, 3))
-    text = "\n".join([",".join(f"row{k}" for k in range(8)), *(",".join(map(str, row)) for row in rows.tolist())])
-    folder = Path(tempfile.gettempdir()) / f"osmose-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    folder.mkdir(exist_ok=True)
-    path = folder / "ink.csv"
-    if not path.is_file():
-        files.write_bytes(path, text.encode())
-    return path
+    return csv_table("ink", [f"row{k}" for k in range(8)], rows.tolist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import tempfile
 import time
@@ -16,10 +17,22 @@ from osmose.analysis.likelihood import likelihood
 from osmose.data.dataset import DataConfig, Dataset
 from osmose.methods.times import LossAwareSampler
 from osmose.studies.study import Trained
+from osmose.training import files
 from osmose.training.recipes import recipe
 from osmose.training.run import Run
 from osmose.training.trainer import Trainer
 from osmose.training.window import Window
+
+
+def csv_table(name: str, header: Sequence[str], rows: Sequence[Sequence[float]]) -> Path:
+    """A .csv in the temporary folder, whose place tells what it holds: the data of a study that makes its own."""
+    text = "\n".join([",".join(header), *(",".join(map(str, row)) for row in rows)])
+    folder = Path(tempfile.gettempdir()) / f"osmose-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.csv"
+    if not path.is_file():
+        files.write_bytes(path, text.encode())
+    return path
 
 
 def bound(

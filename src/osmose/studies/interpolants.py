@@ -1,0 +1,615 @@
+"""`osmose study interpolants`: from any law to any other, by ODE and by SDEs of any noise."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from osmose.data.dataset import DataConfig
+from osmose.data.toy import EIGHT_CENTRES, EIGHT_DEVIATION
+from osmose.interpolants import PATHS
+from osmose.interpolants.bounds import divergence_bound
+from osmose.interpolants.bridge import GaussianBridge
+from osmose.interpolants.fields import Fields
+from osmose.interpolants.oracles import GaussianMixture, MixturePath
+from osmose.interpolants.paths import interpolate
+from osmose.interpolants.transport import Epsilon, grid, transport
+from osmose.methods.interpolant import Bridge, Interpolant
+from osmose.metrics.evaluate import score_samples
+from osmose.metrics.kernels import energy_distance
+from osmose.studies.measures import csv_table
+from osmose.studies.plots import draw, log_scale, panels, real
+from osmose.studies.study import Cell, Claim, Results, Row, Study, Trained
+from osmose.studies.verdicts import Finding, all_of, lower, mean_and_spread, within
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from osmose.data.dataset import Dataset
+
+#: Deviation and centres of the two modes that paths to the eight begin with; a unit is the deviation of the whole.
+_SIZE = math.sqrt(float(np.square(EIGHT_CENTRES).sum(1).mean()) / 2 + EIGHT_DEVIATION**2)
+TWO_CENTRES, TWO_DEVIATION = ((-1.0, 0.0), (1.0, 0.0)), 0.3
+#: Paths between two modes and eight whose fields are known.
+EXACT: dict[str, dict[str, Any]] = {
+    "linear, gamma 0": {"kind": "linear", "gamma": "none"},
+    "linear, brownian 0.25": {"kind": "linear", "gamma": {"kind": "brownian", "a": 0.25}},
+    "linear, brownian 1": {"kind": "linear", "gamma": {"kind": "brownian", "a": 1.0}},
+    "linear, sine": {"kind": "linear", "gamma": "sine"},
+    "trig, gamma 0": {"kind": "trig", "gamma": "none"},
+    "trig, brownian 1": {"kind": "trig", "gamma": {"kind": "brownian", "a": 1.0}},
+    "encdec, sine": {"kind": "encdec"},
+}
+_SMOOTH, _ROUGH = "linear, brownian 1", "linear, gamma 0"
+#: What is learned between the two modes and the eight: overrides, and what is said of them.
+LEARNED: dict[str, tuple[dict[str, Any], str]] = {
+    "none": ({"path.gamma": "none"}, "linear, gamma = 0, b"),
+    "brownian": ({}, "linear, gamma = sqrt(t (1 - t)), b and eta: the default"),
+    "v-eta": ({"learn": "v-eta"}, "the same, v and eta"),
+    "b-s": ({"learn": "b-s"}, "the same, b and s"),
+    "trig": ({"path": "trig"}, "trigonometric, brownian gamma, b and eta"),
+    "encdec": ({"path": "encdec"}, "encoding and decoding, gamma = sin^2, b and eta"),
+    "ot": ({"path.gamma": "none", "coupling": "ot"}, "linear, gamma = 0, starts paired by optimal transport"),
+}
+#: From noise to digits.
+FROM_NOISE: dict[str, tuple[dict[str, Any], str]] = {
+    "linear": ({"path": "one-sided-linear"}, "one-sided linear: flow matching"),
+    "trig": ({"path": "one-sided-trig"}, "one-sided trigonometric"),
+    "vp": ({"path": "one-sided-vp"}, "one-sided, of a variance-preserving diffusion"),
+    "ot": ({"path": "one-sided-linear", "coupling": "ot"}, "one-sided linear, paired by optimal transport"),
+}
+#: Noise levels of the SDEs; 0 is the ODE.
+EPSILONS = (0.0, 0.1, 0.5, 1.0, 2.5)
+#: Sizes of errors of an exact velocity, and noises.
+ERRORS, ERROR_EPSILONS = (0.25, 0.5), (0.5, 1.0)
+_CORRELATION, _BRIDGE_EPSILON = 0.8, 0.5
+_CAP = 1e-4
+
+
+class Interpolants(Study):
+    """What the paper claims, where fields are known exactly, and where they are learned.
+
+    `exact`: paths between two modes and eight in the plane, with fields in closed form. ED is 1,000 times the energy
+    distance to the law that is meant, at t = 1/2 and at t = 1, by the ODE and two SDEs (unbiased: it can be negative);
+    |grad b| the root mean square over x_t of the velocity's Jacobian (Frobenius); `steps` ED after few steps of Euler
+    with the exact velocity. `errors`: the exact velocity of the linear path (brownian gamma) plus a field of known
+    size, sin waves, with the exact score: divergence of samples from the law, by counting in 32 x 32 cells over
+    [-2, 2]^2, less that of a set of data, and the bound KL <= dL_b / epsilon + epsilon dL_s (dL_s = 0).
+
+    `eight-*`: learned, from the two modes to toy:8-gaussians, an MLP (2 blocks of 128), 2,000 updates of 256 at the
+    rate 0.002, without average of weights beyond the default. `off` is the share of samples farther than 4 deviations
+    from every mode, `log rho` the mean log-density of samples (in the data's units), `ED` as above. Samples in 200
+    steps of heun; ODE also in few steps of Euler.
+
+    `high-*`: noise to toy:mixture:16, the same network and training, for SDEs of several noises.
+
+    `digits-*`: noise to digits, an MLP (2 blocks of 256), 2,000 updates of 128, fd_clf after few steps of Euler.
+
+    `bridge-*`: a Gaussian to one with correlation 0.8, at epsilon = 0.5: the method `bridge`, and the linear path that
+    it begins with, the same networks for the fields, updates and batches. The energy is E|u|^2 a value, along
+    simulated paths of 100 steps of heun; cov is the covariance at t = 1/2.
+    """
+
+    title = "Stochastic interpolants: any noise after training, few steps, and the Schroedinger bridge"
+    source = (
+        "Stochastic Interpolants (arXiv 2303.08797): SDE better than ODE for every gamma, an interior best epsilon, b "
+        "better than v, eta better than s; figures without numbers"
+    )
+
+    def cells(self) -> list[Cell]:
+        eight, training = self._eight(), self._training()
+        cells = [
+            Cell(
+                "exact",
+                None,
+                eight,
+                {},
+                {"n": 300 if self.quick else 4000, "paths": self.paths},
+                "fields in closed form",
+            ),
+            Cell("errors", None, eight, {}, {"n": 500 if self.quick else 10000}, "a velocity with a known error"),
+        ]
+        learned = ("none", "brownian") if self.quick else tuple(LEARNED)
+        for name in learned:
+            changes, note = LEARNED[name]
+            cells.append(Cell(f"eight-{name}", "interpolant", eight, training | changes, self._settings(), note))
+        if not self.quick:
+            for name in ("brownian", "v-eta", "b-s"):
+                changes, note = LEARNED[name]
+                data = DataConfig(source="toy:mixture:16")
+                changes = training | {"path": "linear"} | {"learn": "b-eta"} | changes
+                cells.append(Cell(f"high-{name}", "interpolant", data, changes, self._settings(), note))
+        for name in ("linear", "ot") if self.quick else tuple(FROM_NOISE):
+            changes, note = FROM_NOISE[name]
+            wide = {"network": "mlp", "network.width": 256, "network.depth": 2, "training.batch_size": 128}
+            wide |= {"training.steps": 2000}
+            if self.quick:
+                wide |= {"network.width": 16, "training.steps": 20, "training.batch_size": 16}
+            settings = {"n": 80 if self.quick else 700, "counts": self.counts}
+            cells.append(Cell(f"digits-{name}", "interpolant", "digits", wide | changes, settings, note))
+        gauss = DataConfig(source=f"csv:{self._gauss()}")
+        for name, method, changes in (
+            ("bridge", "bridge", {"epsilon": _BRIDGE_EPSILON}),
+            ("straight", "interpolant", {"path": "linear", "learn": "b-s"}),
+        ):
+            note = "the Schroedinger bridge" if name == "bridge" else "the path that it begins with"
+            settings = {"n": 500 if self.quick else 20000, "steps": 10 if self.quick else 100}
+            cells.append(Cell(f"bridge-{name}", method, gauss, training | changes, settings, note))
+        return cells
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of `EXACT`."""
+        return (_ROUGH, _SMOOTH) if self.quick else tuple(EXACT)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Few steps."""
+        return (1, 4) if self.quick else (1, 2, 4, 8, 16)
+
+    @property
+    def steps(self) -> int:
+        """Steps of everything else."""
+        return 10 if self.quick else 200
+
+    @property
+    def epsilons(self) -> tuple[float, ...]:
+        """Of the SDEs, and 0."""
+        return (0.0, 1.0) if self.quick else EPSILONS
+
+    def _training(self) -> dict[str, Any]:
+        network = {"network": "mlp", "network.width": 128, "network.depth": 2}
+        if self.quick:
+            return network | {"network.width": 16, "training.steps": 20, "training.batch_size": 64}
+        return network | {"training.steps": 2000, "training.batch_size": 256, "training.lr": 2e-3}
+
+    def _settings(self) -> dict[str, Any]:
+        return {"n": 400 if self.quick else 4000, "counts": self.counts, "epsilons": self.epsilons, "steps": self.steps}
+
+    def _eight(self) -> DataConfig:
+        """Eight modes, and a table of two to begin with, both of 20,000 points."""
+        two = GaussianMixture.isotropic(torch.tensor(TWO_CENTRES), TWO_DEVIATION)
+        points = two.sample(20000, torch.Generator().manual_seed(0))
+        start = f"csv:{csv_table('two', ['x', 'y'], points.tolist())}"
+        return DataConfig(source="toy:8-gaussians", num_points=20000, start=start)
+
+    def _gauss(self) -> str:
+        covariance = torch.tensor([[1.0, _CORRELATION], [_CORRELATION, 1.0]], dtype=torch.float64)
+        law = GaussianMixture(torch.zeros(1, 2, dtype=torch.float64), covariance[None])
+        points = law.sample(20000, torch.Generator().manual_seed(0))
+        # Without its own mean and deviations: its covariance in the model's units is the one that is said.
+        points = (points - points.mean(0)) / points.std(0)
+        return str(csv_table("gauss", ["x", "y"], points.tolist()))
+
+    def measure(self, trained: Trained) -> list[Row]:
+        family = trained.cell.name.partition("-")[0]
+        measures: dict[str, Callable[[Trained], list[Row]]] = {
+            "exact": _exact,
+            "errors": _errors,
+            "eight": _eight,
+            "high": _high,
+            "digits": _digits,
+            "bridge": _bridge,
+        }
+        return measures[family](trained)
+
+    def claims(self) -> list[Claim]:
+        return [*self._exact_claims(), *self._learned_claims(), *self._few_step_claims(), *self._bridge_claims()]
+
+    def _exact_claims(self) -> list[Claim]:
+        def same_law(r: Results) -> Finding:
+            values = [np.abs(v["ed"]).mean() for labels, v in r.groups("exact") if labels["what"] == "law"]
+            return within(float(max(values)), 0, 60 if self.quick else 5)
+
+        def smoother(place: str) -> Callable[[Results], Finding]:
+            return lambda r: lower(
+                r.values("exact", "gradient", path=_SMOOTH, what=place),
+                r.values("exact", "gradient", path=_ROUGH, what=place),
+            )
+
+        def suffers(error: float, epsilon: float) -> Callable[[Results], Finding]:
+            return lambda r: lower(
+                r.values("errors", "kl", error=error, epsilon=epsilon),
+                r.values("errors", "kl", error=error, epsilon=0.0),
+            )
+
+        return [
+            Claim(
+                "exact fields: every epsilon gives the law at t = 1/2 and at t = 1, on every path (largest mean |ED|)",
+                ["exact"],
+                same_law,
+            ),
+            Claim("gamma smooths b in the middle half of time (|grad b|)", ["exact"], smoother("middle")),
+            Claim("gamma smooths b over all of time (|grad b|)", ["exact"], smoother("all")),
+            *(
+                Claim(
+                    f"an error of {error:g} in b costs the SDE (epsilon = {epsilon:g}) less than the ODE",
+                    ["errors"],
+                    suffers(error, epsilon),
+                )
+                for error in ERRORS
+                for epsilon in ERROR_EPSILONS
+            ),
+            Claim(
+                "the corrected bound holds: KL <= dL_b / epsilon",
+                ["errors"],
+                lambda r: all_of(
+                    *(
+                        lower(
+                            r.values("errors", "kl", error=error, epsilon=epsilon),
+                            r.values("errors", "bound", error=error, epsilon=epsilon),
+                        )
+                        for error in ERRORS
+                        for epsilon in ERROR_EPSILONS
+                    )
+                ),
+            ),
+        ]
+
+    def _learned_claims(self) -> list[Claim]:
+        def against(text: str, metric: str, one: tuple[str, float], other: tuple[str, float], sign: int = 1) -> Claim:
+            def check(r: Results) -> Finding:
+                a, b = (
+                    sign * r.values(cell, metric, what="sampler", epsilon=epsilon) for cell, epsilon in (one, other)
+                )
+                return lower(a, b)
+
+            return Claim(text, sorted({one[0], other[0]}), check)
+
+        default, most = "eight-brownian", self.epsilons[-1]
+        claims = [
+            against("gamma > 0 leaves fewer samples off the modes than gamma = 0 (ODE)", "off", (default, 0.0),
+                    ("eight-none", 0.0)),
+            against(f"the SDE (epsilon = {most:g}) leaves fewer off the modes than the ODE", "off", (default, most),
+                    (default, 0.0)),
+            against(f"samples of the SDE (epsilon = {most:g}) have a higher log-density than those of the ODE",
+                    "log_rho", (default, most), (default, 0.0), -1),
+        ]  # fmt: skip
+        if self.quick:
+            return claims
+        claims += [
+            against("b and eta leave fewer off the modes than v and eta (ODE)", "off", (default, 0.0),
+                    ("eight-v-eta", 0.0)),
+            against("b and eta leave fewer off the modes than b and s (SDE, epsilon = 1)", "off", (default, 1.0),
+                    ("eight-b-s", 1.0)),
+            against("16 dimensions: learning b is better than learning v (ODE, sw2)", "sw2", ("high-brownian", 0.0),
+                    ("high-v-eta", 0.0)),
+            against("16 dimensions: learning eta is better than learning s (SDE, epsilon = 1, sw2)", "sw2",
+                    ("high-brownian", 1.0), ("high-b-s", 1.0)),
+        ]  # fmt: skip
+
+        def interior(r: Results) -> Finding:
+            scores = {e: r.values("high-brownian", "sw2", what="sampler", epsilon=e) for e in EPSILONS}
+            best = min(EPSILONS[1:-1], key=lambda e: float(scores[e].mean()))
+            return all_of(lower(scores[best], scores[EPSILONS[0]]), lower(scores[best], scores[EPSILONS[-1]]))
+
+        text = f"16 dimensions: the best epsilon is neither {EPSILONS[0]:g} nor {EPSILONS[-1]:g} (sw2)"
+        return [*claims, Claim(text, ["high-brownian"], interior)]
+
+    def _few_step_claims(self) -> list[Claim]:
+        few = self.counts[1]
+
+        def better(one: str, other: str, metric: str, steps: int, text: str) -> Claim:
+            def check(r: Results) -> Finding:
+                a, b = (r.values(cell, metric, what="steps", steps=steps) for cell in (one, other))
+                return lower(a, b)
+
+            return Claim(text, sorted({one, other}), check)
+
+        claims = [
+            better("digits-ot", "digits-linear", "fd_clf", k, f"digits: OT pairs score better at {k} steps")
+            for k in (1, few)
+        ]
+        if self.quick:
+            return claims
+        return [
+            *claims,
+            *(
+                better(
+                    "digits-linear", "digits-trig", "fd_clf", k, f"digits: linear scores better than trig, {k} steps"
+                )
+                for k in (1, few)
+            ),
+            *(
+                better("eight-ot", "eight-none", "ed", k, f"eight modes: OT pairs are nearer at {k} steps (ED)")
+                for k in (1, few)
+            ),
+        ]
+
+    def _bridge_claims(self) -> list[Claim]:
+        def gap(r: Results, cell: str, metric: str) -> np.ndarray:
+            return np.abs(r.values(cell, metric, what="bridge") - r.values(cell, f"{metric}_exact", what="bridge"))
+
+        both = ["bridge-bridge", "bridge-straight"]
+        claims = [
+            Claim(
+                f"the bridge's {name} is nearer to the closed form than that of the path that it begins with",
+                both,
+                lambda r, metric=metric: lower(gap(r, both[0], metric), gap(r, both[1], metric)),  # type: ignore[misc]
+            )
+            for metric, name in (("energy", "energy"), ("cov", "covariance at t = 1/2"))
+        ]
+        if not self.quick:
+            claims.append(
+                Claim(
+                    "the bridge's energy is within 5 % of the least there is",
+                    both[:1],
+                    lambda r: lower(gap(r, both[0], "energy"), 0.05 * r.values(both[0], "energy_exact", what="bridge")),
+                )
+            )
+        return claims
+
+    def tables(self, results: Results) -> dict[str, list[dict[str, str]]]:
+        tables: dict[str, list[dict[str, str]]] = {}
+
+        def rows(cell: str, what: str) -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+            return [(labels, values) for labels, values in results.groups(cell) if labels["what"] == what]
+
+        def lines(cells: Sequence[str], what: str, keys: Sequence[str]) -> list[dict[str, str]]:
+            return [
+                {"model": cell}
+                | {key: f"{labels[key]:g}" for key in keys}
+                | {name: mean_and_spread(v) for name, v in values.items()}
+                for cell in cells
+                for labels, values in rows(cell, what)
+            ]
+
+        tables["Exact fields: ED at t = 1/2 and t = 1, by ODE and SDE"] = [
+            {"path": str(labels["path"]), "epsilon": f"{labels['epsilon']:g}", "t": f"{labels['t']:g}"}
+            | {"ED": mean_and_spread(values["ed"]), "ED of data": mean_and_spread(values["ed_real"])}
+            for labels, values in rows("exact", "law")
+        ]
+        tables["Exact fields: root mean square of |grad b|, and ED after few steps of Euler"] = [
+            {"path": path}
+            | {
+                place: mean_and_spread(results.values("exact", "gradient", path=path, what=place))
+                for place in ("middle", "all")
+            }
+            | {
+                f"{count} steps": mean_and_spread(results.values("exact", "ed", path=path, what="few", steps=count))
+                for count in self._exact_counts
+            }
+            for path in self.paths
+        ]
+        tables["An error in b, and what it costs"] = [
+            {"error": f"{labels['error']:g}", "epsilon": f"{labels['epsilon']:g}"}
+            | {name: mean_and_spread(values[name]) for name in ("kl", "bound") if name in values}
+            for labels, values in results.groups("errors")
+        ]
+        names = [cell.name for cell in self.cells()]
+        for family, title in (("eight", "Two modes to eight"), ("high", "Noise to 8 modes in 16 dimensions")):
+            cells = [name for name in names if name.startswith(f"{family}-")]
+            if cells:
+                tables[f"{title}, {self.steps} steps"] = lines(cells, "sampler", ["epsilon"])
+                tables[f"{title}: the ODE in few steps of Euler"] = lines(cells, "steps", ["steps"])
+        digits = [name for name in names if name.startswith("digits-")]
+        tables["Noise to digits: fd_clf in few steps of Euler"] = lines(digits, "steps", ["steps"])
+        bridges = [name for name in names if name.startswith("bridge-")]
+        tables["Schroedinger bridge between Gaussians"] = lines(bridges, "bridge", [])
+        return tables
+
+    @property
+    def _exact_counts(self) -> tuple[int, ...]:
+        return tuple(count for count in self.counts if count > 1)
+
+    def figures(self, results: Results) -> dict[str, Figure]:
+        epsilons, counts = self.epsilons, self.counts
+        names = [cell.name for cell in self.cells()]
+        noisy = [n for n in names if n.startswith("eight-") and n not in ("eight-none", "eight-ot")]
+        figure, axes = panels(2 if self.quick else 3)
+        for panel, metric, title in zip(axes, ("off", "log_rho"), ("off the modes", "mean log rho"), strict=False):
+            for cell in noisy:
+                values = [results.values(cell, metric, what="sampler", epsilon=e) for e in epsilons]
+                draw(panel, epsilons, values, cell.removeprefix("eight-"))
+            real(panel, float(results.values(noisy[0], f"{metric}_real", what="sampler", epsilon=0.0).mean()))
+            panel.set(title=f"two modes to eight: {title}", xlabel="epsilon")
+        if not self.quick:
+            for cell in [n for n in names if n.startswith("high-")]:
+                values = [results.values(cell, "sw2", what="sampler", epsilon=e) for e in epsilons]
+                draw(axes[2], epsilons, values, cell.removeprefix("high-"))
+            real(axes[2], float(results.values("high-brownian", "sw2_real", what="sampler", epsilon=0.0).mean()))
+            axes[2].set(title="noise to 8 modes in 16 dimensions: sw2", xlabel="epsilon")
+        for panel in axes:
+            panel.legend(fontsize=7)
+        few, panes = panels(2)
+        for family, metric, panel in (("eight", "ed", panes[0]), ("digits", "fd_clf", panes[1])):
+            for cell in [n for n in names if n.startswith(f"{family}-")]:
+                values = [results.values(cell, metric, what="steps", steps=k) for k in counts]
+                draw(panel, counts, values, cell.removeprefix(f"{family}-"))
+            panel.set(title=f"{family}: {metric}, ODE", xlabel="steps of Euler", xscale="log")
+            panel.set(xticks=counts, xticklabels=map(str, counts))
+            panel.minorticks_off()
+            log_scale(panel) if metric == "fd_clf" else panel.set_yscale("symlog", linthresh=5)
+            panel.legend(fontsize=7)
+        return {"epsilon": figure, "few-steps": few}
+
+
+def _laws(path: dict[str, Any]) -> MixturePath:
+    """From the two modes to the eight, in units of the eight's deviation."""
+    eight = GaussianMixture.isotropic(torch.from_numpy(EIGHT_CENTRES) / _SIZE, EIGHT_DEVIATION / _SIZE)
+    two = GaussianMixture.isotropic(torch.tensor(TWO_CENTRES), TWO_DEVIATION)
+    return MixturePath(PATHS.parse(path), eight, two)
+
+
+def _carried(
+    law: MixturePath, fields: Callable[[float, Tensor], Fields], n: int, generator: torch.Generator,
+    epsilon: float, steps: int, end: float, solver: Any = "heun",
+) -> Tensor:  # fmt: skip
+    """Samples of the law at t = 0, carried to `end`."""
+    x = law.sample(n, generator)[0]
+
+    def noise() -> Tensor:
+        return torch.randn(n, 2, generator=generator, dtype=torch.float64)
+
+    for state in transport(fields, x, grid(steps, _CAP, end), Epsilon(epsilon), noise, solver):
+        x = state.x
+    return x
+
+
+def _met(law: MixturePath, t: float, n: int, generator: torch.Generator) -> Tensor:
+    """Samples of the law at t, by its definition."""
+    x0, x1 = law.sample(n, generator)
+    z = torch.randn(n, 2, generator=generator, dtype=torch.float64)
+    return interpolate(law.path.at(t), x0, x1, z)
+
+
+def _exact(trained: Trained) -> list[Row]:
+    n, generator, rows = trained.cell.settings["n"], torch.Generator().manual_seed(trained.seed), []
+    quick = n < 1000
+    steps, counts = (20, (4,)) if quick else (100, (2, 4, 8, 16))
+
+    def distance(a: Tensor, b: Tensor) -> float:
+        return 1000 * float(energy_distance(a, b).value)
+
+    for name in trained.cell.settings["paths"]:
+        law = _laws(EXACT[name])
+        for epsilon in (0.0, 0.5, 2.0) if law.path.noisy else (0.0,):
+            for end in (0.5, 1 - _CAP):
+                made = _carried(law, law.fields, n, generator, epsilon, steps, end)
+                one, other = (_met(law, end, n, generator) for _ in range(2))
+                values = {"ed": distance(made, one), "ed_real": distance(other, one)}
+                rows.append(Row({"what": "law", "path": name, "epsilon": epsilon, "t": round(end, 2)}, values))
+        times = torch.linspace(0.02, 0.98, 25).tolist()
+        squares = np.array([_squared_gradient(law, t, max(200, n // 4), generator) for t in times])
+        middle = [0.25 <= t <= 0.75 for t in times]
+        rows += [
+            Row({"what": place, "path": name}, {"gradient": float(np.sqrt(squares[chosen].mean()))})
+            for place, chosen in (("middle", middle), ("all", [True] * len(times)))
+        ]
+        for count in counts:
+            made = _carried(law, law.fields, n, generator, 0.0, count, 1 - _CAP, "euler")
+            values = {"ed": distance(made, law.rho1.sample(n, generator))}
+            rows.append(Row({"what": "few", "path": name, "steps": count}, values))
+    return rows
+
+
+def _squared_gradient(law: MixturePath, t: float, n: int, generator: torch.Generator) -> float:
+    """The mean over x_t of the squared Jacobian of b."""
+    x = _met(law, t, n, generator).requires_grad_()
+    b = law.fields(t, x).b
+    assert b is not None
+    parts = [torch.autograd.grad(b[:, i].sum(), x, retain_graph=True)[0] for i in range(2)]
+    return float(sum(part.square().sum(1).mean() for part in parts))
+
+
+def _errors(trained: Trained) -> list[Row]:
+    n, generator, rows = trained.cell.settings["n"], torch.Generator().manual_seed(trained.seed), []
+    steps = 20 if n < 1000 else 300
+    law = _laws(EXACT[_SMOOTH])
+    real_counts = _counted(law.rho1.sample(n, generator))
+    own = _divergence(_counted(law.rho1.sample(n, generator)), real_counts)
+    for error in (0.0, *ERRORS):
+
+        def wrong(t: float, x: Tensor, error: float = error) -> Fields:
+            fields = law.fields(t, x)
+            assert fields.b is not None
+            # sin^2 has the mean 1/2, whatever the phase: |error|^2 in all where x is spread over some periods.
+            return Fields(fields.b + error * (4 * x.flip(1) + 1).sin(), fields.s, fields.eta)
+
+        for epsilon in (0.0, *ERROR_EPSILONS):
+            made = _carried(law, wrong, n, generator, epsilon, steps, 1 - _CAP)
+            values = {"kl": _divergence(real_counts, _counted(made)) - own}
+            if epsilon > 0:
+                values["bound"] = divergence_bound(_excess(law, error, generator), 0.0, epsilon)
+            rows.append(Row({"error": error, "epsilon": epsilon}, values))
+    return rows
+
+
+def _excess(law: MixturePath, error: float, generator: torch.Generator) -> float:
+    """Half the mean squared error of the velocity, over x_t and t."""
+    times = torch.linspace(0.02, 0.98, 25).tolist()
+    parts = [error**2 * (4 * _met(law, t, 2000, generator) + 1).sin().square().sum(1).mean() for t in times]
+    return float(torch.stack(parts).mean()) / 2
+
+
+def _counted(x: Tensor) -> np.ndarray:
+    first, second = x.T.numpy()
+    cells, _, _ = np.histogram2d(first, second, bins=32, range=[[-2.0, 2.0], [-2.0, 2.0]])
+    return (cells + 0.1) / (cells + 0.1).sum()
+
+
+def _divergence(p: np.ndarray, q: np.ndarray) -> float:
+    return float((p * np.log(p / q)).sum())
+
+
+def _samplers(trained: Trained, values_of: Callable[[Tensor], dict[str, float]]) -> list[Row]:
+    """By every noise that the model allows, and by the ODE in few steps."""
+    model, settings, rows = trained.model, trained.cell.settings, []
+    assert isinstance(model, Interpolant)
+    more = model.config.path.noisy
+    for epsilon in settings["epsilons"] if more else (0.0,):
+        made = model.sample(settings["n"], seed=trained.seed, epsilon=epsilon, num_steps=settings["steps"])
+        rows.append(Row({"what": "sampler", "epsilon": epsilon}, values_of(made.data)))
+    for count in settings["counts"]:
+        made = model.sample(settings["n"], seed=trained.seed, num_steps=count, solver="euler")
+        rows.append(Row({"what": "steps", "steps": count}, values_of(made.data)))
+    return rows
+
+
+def _eight(trained: Trained) -> list[Row]:
+    n, law = trained.cell.settings["n"], GaussianMixture.isotropic(torch.from_numpy(EIGHT_CENTRES), EIGHT_DEVIATION)
+    generator = torch.Generator().manual_seed(trained.seed)
+    one, other = (law.sample(n, generator) for _ in range(2))
+
+    def values(x: Tensor) -> dict[str, float]:
+        x = x.double()
+        off = (torch.cdist(x, law.means).amin(1) > 4 * EIGHT_DEVIATION).double().mean()
+        return {"off": float(off), "log_rho": float(law.log_prob(x).mean()), "ed": 1000 * energy_distance(x, one).value}
+
+    known = {f"{name}_real": value for name, value in values(other).items()}
+    return [Row(row.labels, {**row.values, **known}) for row in _samplers(trained, values)]
+
+
+def _score(x: Tensor, dataset: Dataset, metric: str, seed: int) -> dict[str, float]:
+    (score,) = score_samples(x, dataset, metrics=[metric], seed=seed)
+    assert score.floor is not None
+    return {metric: score.value, f"{metric}_real": score.floor}
+
+
+def _high(trained: Trained) -> list[Row]:
+    return _samplers(trained, lambda x: _score(x, trained.dataset, "sw2", trained.seed))
+
+
+def _digits(trained: Trained) -> list[Row]:
+    model, settings, rows = trained.model, trained.cell.settings, []
+    for count in settings["counts"]:
+        made = model.sample(settings["n"], seed=trained.seed, num_steps=count, solver="euler")
+        rows.append(Row({"what": "steps", "steps": count}, _score(made.data, trained.dataset, "fd_clf", trained.seed)))
+    return rows
+
+
+@torch.inference_mode()
+def _bridge(trained: Trained) -> list[Row]:
+    model, settings = trained.model, trained.cell.settings
+    assert isinstance(model, Interpolant | Bridge)
+    n, steps, epsilon = settings["n"], settings["steps"], _BRIDGE_EPSILON
+    generator = torch.Generator().manual_seed(trained.seed)
+
+    def noise() -> Tensor:
+        return torch.randn(n, 2, generator=generator).to(trained.device)
+
+    correlated = torch.tensor([[1.0, _CORRELATION], [_CORRELATION, 1.0]], dtype=torch.float64)
+    exact = GaussianBridge(torch.zeros(2), torch.eye(2), torch.zeros(2), correlated, epsilon)
+    fields, times, x = model.fields_at(), grid(steps, _CAP, 1 - _CAP), noise()
+    energy, error, cov = 0.0, 0.0, 0.0
+    states = transport(fields, x, times, Epsilon(epsilon), noise)
+    for (t, s), state in zip(itertools.pairwise(times), states, strict=True):
+        here = fields(t, x)
+        assert here.b is not None
+        assert here.s is not None
+        u = here.b + epsilon * here.s
+        energy += float(u.square().mean()) * (s - t)
+        error += float((u.cpu() - exact.drift(t, x.cpu())).square().mean()) * (s - t)
+        x = state.x
+        if abs(s - 0.5) < 0.5 / steps:
+            cov = float(torch.cov(x.T)[0, 1])
+    values = {"energy": energy, "energy_exact": exact.energy() / 2, "drift_error": error}
+    values |= {"cov": cov, "cov_exact": float(exact.covariance(0.5)[0, 1])}
+    values |= {"end_cov": float(torch.cov(x.T)[0, 1]), "end_cov_exact": _CORRELATION}
+    return [Row({"what": "bridge"}, values)]
