@@ -209,11 +209,50 @@ def test_accumulation_changes_nothing(osmose, name):
 def test_what_a_run_began_with_cannot_be_changed(refused):
     resume = ["train", "--out", "pairs", "--resume", "--quiet"]
     message = refused(*resume, "--source", "npz:after.npz")
-    assert message.startswith("data.start: 'npz:after.npz' given, but pairs was started with 'npz:before.npz'")
+    assert message == "data: 'npz:after.npz' is not the data this run was made with (its hash differs)"
     message = refused("train", "--out", "between", "--resume", "--quiet", "--paired")
     assert message == "data.paired: True given, but between was started with False; resume without it"
     message = refused("train", "--out", "noise", "--resume", "--quiet", "--source", "toy:8-gaussians")
-    assert message.startswith("data.start: 'toy:8-gaussians' given, but noise was started with None")
+    assert message == "data: 'toy:two-moons' is not the data this run was made with (its hash differs)"
+
+
+def test_data_that_have_moved_are_named_again(osmose, refused, work):
+    (work / "before.npz").rename(work / "moved.npz")
+    assert "before.npz" in refused("evaluate", "pairs", "-n", 6, "--metrics", "sw2", "--quiet")
+    answer = osmose("train", "--out", "pairs", "--resume", "--source", "npz:moved.npz", "--quiet")
+    assert answer.status == 0, answer
+    answer = osmose("evaluate", "pairs", "-n", 6, "--metrics", "sw2", "--quiet", "--source", "npz:moved.npz")
+    assert answer.status == 0, answer
+    message = refused("evaluate", "--samples", "after.npz", "--data", "npz:after.npz", "--source", "npz:moved.npz")
+    assert message == "--source: has no meaning with --samples, which are scored by their end alone"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sampling.direction=backward"], "sampling.direction: 'backward' needs items to begin with"),
+        (["sampling.solver=rk4", "sampling.epsilon=1"], "sampling.solver: 'rk4' is for the ODE; take heun"),
+        (["path.gamma=none", "sampling.follow=true"], "sampling.follow: true is not valid: linear has no noise here"),
+        (["path=mirror"], "path: mirror begins with the data themselves; name one data set as --data and --source"),
+    ],
+)
+def test_what_could_not_be_sampled_is_not_trained(refused, words, message):
+    assert refused("train", "interpolant", *WORDS["pairs"], *MLP, *SHORT, *words, "--out", "no").startswith(message)
+    assert not Path("no").exists()
+
+
+def test_a_bridge_goes_both_ways(osmose, refused):
+    words = ["--data", "toy:two-moons", "--source", "toy:8-gaussians", "data.num_points=200", *MLP, *SHORT]
+    assert osmose("train", "bridge", *words, "epsilon=0.3", "--out", "bridge").status == 0
+    made = drawn(osmose, "bridge", "-n", 5)
+    assert made.shape == (5, 2)
+    back = drawn(osmose, "bridge", "--from", "after.npz", "-n", 5, "direction=backward")
+    assert back.shape == (5, 2)
+    assert not np.array_equal(drawn(osmose, "bridge", "-n", 5, "epsilon=0"), made)
+    message = refused("train", "bridge", *words, "--out", "no", "epsilon=-1")
+    assert message == "epsilon: -1 is not valid: should be greater than or equal to 0"
+    message = refused("sample", "bridge", "denoise=true", "--out", "no.npz", "--quiet")
+    assert message.startswith("denoise: unknown field")
 
 
 def test_a_source_that_has_changed_is_noticed(refused, made, work):
@@ -237,6 +276,9 @@ def test_info(osmose, name):
     assert "method      interpolant\n" in answer.out
     assert f'path.kind = "{kind}"' in answer.out
     assert "trained     5 of 5 steps" in answer.out
+    begins = {"between": "toy:8-gaussians: points", "pairs": "npz:before.npz, each with its own item: points"}
+    assert ("begins with" in answer.out) == (name != "noise")
+    assert begins.get(name, "") in answer.out
     said = json.loads(osmose("info", name, "--json").out)
     weights = sum(value.numel() for value in library.load(name).parameters())
     assert said["parameters"] == weights > 1000

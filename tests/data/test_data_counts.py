@@ -194,7 +194,7 @@ def test_other_files_and_options_are_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             DataConfig(source=source).load()
-    with pytest.raises(UserError, match="max_count: 5 is for counts: data; the range of 'digits' is known"):
+    with pytest.raises(UserError, match="max_count: 5 is for counts: data; 'digits' has none to change"):
         DataConfig(source="digits", max_count=5).load()
     for field, value in (("levels", 1), ("max_count", 0), ("max_count", -3)):
         with pytest.raises(ConfigError, match=f"{field}: {value} is not valid"):
@@ -309,3 +309,14 @@ def test_the_data_that_were_there_are_what_they_were(tmp_path):
         digest.update(str((tuple(part.shape), part.dtype)).encode())
         digest.update(part.numpy().tobytes())
     assert data.identity.sha256 == digest.hexdigest()
+
+
+def test_one_end_of_two_may_be_counts(tmp_path):
+    (tmp_path / "c.csv").write_text("a,b\n" + "\n".join(f"{k},{2 * k}" for k in range(12)))
+    (tmp_path / "p.csv").write_text("a,b\n" + "\n".join(f"{k / 7},{k}" for k in range(12)))
+    data = DataConfig(source=f"counts:{tmp_path}/c.csv", start=f"csv:{tmp_path}/p.csv", max_count=40).load()
+    assert data.spec.range == (0, 40)
+    data = DataConfig(source=f"csv:{tmp_path}/p.csv", start=f"counts:{tmp_path}/c.csv", max_count=40).load()
+    assert data.spec.start.range == (0, 40)
+    with pytest.raises(UserError, match="max_count: 5 is for counts: data; 'csv' has none to change"):
+        DataConfig(source=f"csv:{tmp_path}/p.csv", start=f"csv:{tmp_path}/p.csv", max_count=5).load()

@@ -397,7 +397,8 @@ def test_samples_are_the_ends_of_its_trajectories(schedule):
         assert close(samples.data, model.solve(noise, samples.condition)[:, -1])
     found = model.trajectories(7, seed=3, batch_size=3)
     paths, sizes = found.states, torch.tensor([level.size for level in model.path_levels])
-    assert paths.shape == (7, 5, 2) and found.done == (0, 1, 2, 3, 4)
+    assert paths.shape == (7, 5, 2)
+    assert found.done == (0, 1, 2, 3, 4)
     assert close(paths[:, 0] * sizes[0], noise)
     with torch.no_grad():
         assert close(paths[:, 1:] * sizes[1:, None], model.solve(noise, samples.condition))

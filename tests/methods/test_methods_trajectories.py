@@ -64,6 +64,7 @@ def test_a_trajectory_has_two_states(most):
 
 
 def test_what_is_drawn_at_once_has_no_trajectory():
+    config = METHODS.resolve("gaussian")
+    model = config.parse(config.recipe(PLANE, 1.0)).build(PLANE)
     with pytest.raises(UserError, match="gaussian draws its samples at once, without states in between"):
-        config = METHODS.resolve("gaussian")
-        config.parse(config.recipe(PLANE, 1.0)).build(PLANE).trajectories(2)
+        model.trajectories(2)

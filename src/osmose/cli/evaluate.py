@@ -53,6 +53,7 @@ class Evaluate:
     )
     samples: Annotated[Path | None, arg(help="score the array `samples` of an .npz instead of a run")] = None
     data: Annotated[str | None, arg(help="the real data of --samples; or where the data of the run are now")] = None
+    source: Annotated[str | None, arg(help="where the data that the run begins with are now")] = None
     data_root: Annotated[Path | None, arg(help="where the data lie, if not where the run found them")] = None
     seed: Annotated[int, arg(help="of the samples and of the metrics")] = 0
     batch_size: Annotated[int | None, arg(help="samples computed together")] = None
@@ -70,6 +71,8 @@ class Evaluate:
             raise UserError("RUN: give a run folder, or --samples FILE.npz with --data")
         if self.against is not None and self.samples is not None:
             raise UserError("--against: has no meaning with --samples, whose noise is not known")
+        if self.source is not None and self.samples is not None:
+            raise UserError("--source: has no meaning with --samples, which are scored by their end alone")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"--threads: {self.threads} is not valid: must be at least 1")
         if self.num is not None and self.num < 1:
@@ -103,7 +106,7 @@ class Evaluate:
         for options in ways:
             model.sampling(**options)
         pair = None if self.against is None else Pair(run, model, ways, Run.open(self.against))
-        moved = {"source": self.data, "root": str(self.data_root) if self.data_root else None}
+        moved = {"source": self.data, "start": self.source, "root": str(self.data_root) if self.data_root else None}
         data = run.config.data.replace(**{name: value for name, value in moved.items() if value is not None})
         dataset = data.load()
         if dataset.identity.sha256 != run.config.identity.sha256:

@@ -116,6 +116,7 @@ class Info:
             "data": f"{config.identity.source}, {config.identity.num_train} items to train on, "
             f"{config.identity.num_held_out} held out ({config.identity.split}), sha256 {config.identity.sha256[:12]}",
             "form": _form(config.spec),
+            **_beginning(config),
             "parent": f"{config.parent.folder} ({config.parent.sha256[:12]})"
             if config.parent
             else "none: trained from data",
@@ -236,6 +237,14 @@ def _form(spec: Any) -> str:
     return f"{spec.kind} {shape}" + (
         f", values {spec.range[0]:g} to {spec.range[1]:g}{levels}" if spec.range else ", unbounded"
     )
+
+
+def _beginning(config: RunConfig) -> dict[str, str]:
+    """What samples begin with, where it is data."""
+    if config.spec.start is None:
+        return {}
+    pairs = ", each with its own item" if config.data.paired else ""
+    return {"begins with": f"{config.data.start}{pairs}: {_form(config.spec.start)}"}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -179,7 +179,7 @@ class Train:
             # A kind, or the name of a preset, stands for all fields of its part.
             whole = path.removesuffix(".kind")
             for name, before, after in _differences(value_at(stored, whole), value_at(wanted, whole), whole):
-                if name not in ("data.root", "data.source"):  # where they lie: the hash decides
+                if name not in ("data.root", "data.source", "data.start"):  # where they lie: the hash decides
                     name = name.removeprefix("method.")
                     raise UserError(
                         f"{name}: {after!r} given, but {out} was started with {before!r}; resume without it"

@@ -328,6 +328,15 @@ class DataConfig(Config):
         """
         if self.paired and self.start is None:
             raise UserError("paired: true needs data to begin with (start)")
+        names = [text.partition(":")[0] for text in (self.source, self.start) if text is not None]
+        for option, value, users in (
+            ("channels", self.channels, _IMAGE_FILES),
+            ("skip_bad", self.skip_bad or None, _IMAGE_FILES),
+            ("max_count", self.max_count, ("counts",)),
+        ):
+            if value is not None and not any(name in users for name in names):
+                wanted = " and ".join(f"{name}:" for name in users)
+                raise UserError(f"{option}: {value!r} is for {wanted} data; {names[0]!r} has none to change")
         dataset = self._read()
         if self.start is None:
             return dataset
@@ -339,12 +348,6 @@ class DataConfig(Config):
         """The data of `source` alone."""
         name, _, argument = self.source.partition(":")
         loader = SOURCES.resolve(name)
-        if name not in _IMAGE_FILES:
-            for option, value in (("channels", self.channels), ("skip_bad", self.skip_bad or None)):
-                if value is not None and self.start is None:
-                    raise UserError(f"{option}: {value!r} is for folder: and hub: data; {name!r} has none to change")
-        if self.max_count is not None and name != "counts":
-            raise UserError(f"max_count: {self.max_count} is for counts: data; the range of {name!r} is known")
         dataset: Dataset = loader(argument, self)
         if self.size is not None and name not in _IMAGE_FILES:
             dataset = dataset.resized(self.size)

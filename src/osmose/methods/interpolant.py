@@ -104,6 +104,7 @@ class PathConfig(MethodConfig):
     network: NetworkChoice
     path: PathChoice
     cap: float = Field(1e-4, gt=0, lt=0.1, description="times are kept so far from both ends")
+    sampling: PathSampling = PathSampling()
 
     @property
     @abstractmethod
@@ -212,7 +213,19 @@ class _Between(GenerativeModel):
             raise UserError(f"path: {path.kind} begins with noise, and --source names data to begin with; take linear")
         if spec.start is None and path.mirror:
             raise UserError("path: mirror begins with items of the data; name them as --source, too")
+        start = spec.start
+        if path.mirror and start is not None and (start.shift, start.scale) != (spec.shift, spec.scale):
+            raise UserError("path: mirror begins with the data themselves; name one data set as --data and --source")
         check_learned(self.learned, path)
+        if config.sampling.direction == "backward":
+            raise UserError(
+                "sampling.direction: 'backward' needs items to begin with, which previews have not; train forward, and "
+                "sample with direction=backward"
+            )
+        try:
+            self.sampling()
+        except ConfigError as error:
+            raise UserError(f"sampling.{error}") from None
         classes = spec.num_classes if config.conditional else None
         more = {} if len(LEARNED[self.learned]) == 1 else {"num_outputs": len(LEARNED[self.learned])}
         self.network = config.network.build(spec.shape, num_classes=classes, **more)
@@ -371,11 +384,6 @@ class Interpolant(_Between):
 
     config: InterpolantConfig
 
-    def __init__(self, config: InterpolantConfig, spec: DataSpec):
-        super().__init__(config, spec)
-        if config.sampling.epsilon > 0:
-            require_score(self.learned, config.path)
-
     def _start(self, batch: Batch, draws: Draws) -> Tensor:
         start = super()._start(batch, draws)
         if self.config.coupling == "ot":
@@ -390,6 +398,8 @@ class Interpolant(_Between):
 
     def _noise(self, sampling: PathSampling) -> tuple[Epsilon, bool]:
         assert isinstance(sampling, InterpolantSampling)
+        if sampling.follow and not self.config.path.noisy:
+            raise ConfigError("follow", f"true is not valid: {self.config.path.kind} has no noise here to follow")
         epsilon = Epsilon(sampling.epsilon, self.config.path if sampling.follow else None)
         return epsilon, sampling.denoise and sampling.epsilon > 0
 
