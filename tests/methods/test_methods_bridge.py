@@ -9,7 +9,7 @@ import torch
 
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
-from osmose.gaussian.draws import SampleDraws, StepDraws
+from osmose.gaussian.draws import StepDraws
 from osmose.interpolants.bridge import GaussianBridge
 from osmose.methods.base import Batch
 from osmose.methods.interpolant import Bridge, BridgeConfig, _bends
