@@ -126,7 +126,7 @@ def test_the_recipe_follows_the_data(spec, path, learned):
     assert (config.coupling, config.cap, config.network.kind) == ("independent", CAP, "mlp")
     sampling = config.sampling
     assert (sampling.num_steps, sampling.solver, sampling.epsilon, sampling.direction) == (50, "heun", 0, "forward")
-    assert (sampling.follow, sampling.denoise) == (False, True)
+    assert (sampling.follow, sampling.denoise) == (None, True)
     assert METHODS.parse(config.to_json()) == config
     assert config.build(spec).learned == learned
 
@@ -740,3 +740,25 @@ def test_the_probabilities_of_all_levels_sum_to_1():
     error = float((chance.var(1) / 40).sum().sqrt())
     assert error < 0.02
     assert abs(float(chance.mean(1).sum()) - 1) < 4 * error + 2e-3
+
+
+@pytest.mark.parametrize(
+    ("path", "learn", "follows"),
+    [
+        ("encdec", "b-eta", True),
+        ({"kind": "linear", "gamma": "quadratic"}, "v-eta", True),
+        ({"kind": "linear", "gamma": "sine"}, "b-s", False),
+        ("linear", "b-eta", False),
+        ("one-sided-linear", "b", False),
+    ],
+    ids=str,
+)
+def test_noise_follows_the_path_where_an_error_of_the_denoiser_would_be_infinite(path, learn, follows):
+    kind = path if isinstance(path, str) else path["kind"]
+    model = build(PLANE if kind.startswith("one-sided") else FROM, noise=0.1, path=path, learn=learn)
+    options = {"epsilon": 1.0, "num_steps": 6, "seed": 3}
+    made = model.sample(20, **options).data
+    assert torch.equal(made, model.sample(20, follow=follows, **options).data)
+    assert not torch.equal(made, model.sample(20, follow=not follows, **options).data)
+    if follows:
+        assert float(made.abs().max()) < 100 < float(model.sample(20, follow=False, **options).data.abs().max())

@@ -142,6 +142,15 @@ class Path(Config, ABC):
         """Whether there is Gaussian noise between the ends, and so a denoiser and a score that can be learned."""
         return self.width(self.point(0.5)) > 0
 
+    @property
+    def flat(self) -> bool:
+        """Whether gamma^2 begins without a slope.
+
+        Then 1 / gamma, by which the error of a denoiser is multiplied in the score, has no finite integral, and an SDE
+        of constant epsilon carries it to infinity.
+        """
+        return not self.one_sided and self.noisy and self.point(0.0).gamma_gamma_dot == 0
+
 
 @lru_cache(maxsize=4096)
 def _point(path: Path, t: float) -> Coefficients[float]:

@@ -88,7 +88,9 @@ class InterpolantSampling(PathSampling):
     """How samples are carried along the path, and with how much noise."""
 
     epsilon: float = Field(0.0, ge=0, description="noise of the SDE; 0 is the ODE")
-    follow: bool = Field(False, description="let epsilon fall with the path's noise: epsilon gamma(t)")
+    follow: bool | None = Field(
+        None, description="let epsilon fall with the path's noise: epsilon gamma(t); null where it has to, with eta"
+    )
     denoise: bool = Field(True, description="end an SDE with the estimate of the data, not with a noisy step")
 
 
@@ -400,7 +402,8 @@ class Interpolant(_Between):
         assert isinstance(sampling, InterpolantSampling)
         if sampling.follow and not self.config.path.noisy:
             raise ConfigError("follow", f"true is not valid: {self.config.path.kind} has no noise here to follow")
-        epsilon = Epsilon(sampling.epsilon, self.config.path if sampling.follow else None)
+        follow = self.config.path.flat and "eta" in self.learned if sampling.follow is None else sampling.follow
+        epsilon = Epsilon(sampling.epsilon, self.config.path if follow else None)
         return epsilon, sampling.denoise and sampling.epsilon > 0
 
     def bound(
