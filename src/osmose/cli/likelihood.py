@@ -87,11 +87,19 @@ class Likelihood:
         else:
             first = f"at most {bits}, {c['n']} {c['part']} items, {c['levels']} levels"
             guess = [f"  guessing, all levels alike, would take {math.log2(c['levels']):.4f}"]
-        lines = [
-            first,
+        parts = [
             f"  prior L_T       {result.prior:.5f}",
             f"  transitions     {float(result.terms[1:].sum()):.4f}  ({c['num_steps'] - 1} terms)",
             f"  decoder L_0     {float(result.terms[0]):.4f}",
+        ]
+        if result.distortion is None:  # along an ODE there is no estimate of the data, nor a chain
+            parts = [
+                f"  at the noise    {result.prior:.5f}",
+                f"  change of volume {float(result.terms.sum()):.4f}  ({c['num_steps']} steps)",
+            ]
+        lines = [
+            first,
+            *parts,
             chain,
             *guess,
             *noise,

@@ -40,7 +40,7 @@ class Sample:
     ] = None
     out: Annotated[Path, arg(help="where to write: .png, .jpg, .webp or .npz")] = Path("samples.png")
     steps: Annotated[int | None, arg(help="solver steps; the method's own number if not given")] = None
-    solver: Annotated[str | None, arg(help="ancestral, ddim, heun or dpmpp-2m")] = None
+    solver: Annotated[str | None, arg(help="of the method: ddim, dpmpp-2m, bridge, euler ..., see the README")] = None
     t_mid: Annotated[
         str | None, arg(metavar="X[,X,...]", help="angles of a consistency model's steps but the first; 1.1 for two")
     ] = None

@@ -32,6 +32,7 @@ class DataSpec(Config):
     scale: tuple[float, ...] = Field((1.0,), description="per channel (first axis of the event), or one for all")
     num_classes: int | None = Field(None, ge=1)
     start: DataSpec | None = Field(None, description="form of the data that samples begin with, if not noise")
+    paired: bool = Field(False, description="each item belongs to one of the data that samples begin with")
 
     @model_validator(mode="after")
     def _coherent(self) -> DataSpec:
@@ -48,6 +49,8 @@ class DataSpec(Config):
             raise ValueError("levels need a range")
         if self.start is not None and self.start.shape != self.shape:
             raise ValueError(f"shape {self.shape} is not that of the data to begin with, {self.start.shape}")
+        if self.paired and self.start is None:
+            raise ValueError("pairs need data to begin with")
         return self
 
     @property
@@ -149,7 +152,6 @@ class Dataset:
         class_names: one per class, or None.
         full_sha256: of downsampled images, the hash of the images as they were read.
         start: the data that samples begin with, or None for noise.
-        paired: whether item i of each part belongs to item i of the same part of `start`.
     """
 
     source: str
@@ -162,7 +164,6 @@ class Dataset:
     class_names: tuple[str, ...] | None = None
     full_sha256: str | None = None
     start: Dataset | None = None
-    paired: bool = False
 
     @property
     def identity(self) -> DataIdentity:
@@ -239,6 +240,11 @@ class Dataset:
         spec = self.spec.replace(shape=(self.spec.shape[0], size, size), levels=None)
         return replace(self, spec=spec, train=brought(self.train), held_out=brought(self.held_out))
 
+    @property
+    def paired(self) -> bool:
+        """Whether item i of each part belongs to item i of the same part of `start`."""
+        return self.spec.paired
+
     def beginning_with(self, start: Dataset, *, paired: bool = False) -> Dataset:
         """The same data, whose samples begin with items of other data.
 
@@ -261,8 +267,8 @@ class Dataset:
                 f"paired: {self.source} has {a} + {b} items ({how}), {start.source} {c} + {d} ({other}); pairs need as "
                 "many of both, split alike"
             )
-        spec = self.spec.replace(start=start.spec.to_json())
-        return replace(self, spec=spec, start=start, paired=paired)
+        spec = self.spec.replace(start=start.spec.to_json(), paired=paired)
+        return replace(self, spec=spec, start=start)
 
     def quantised(self, levels: int) -> Dataset:
         """The same data, every value brought to the nearest of so many equally spaced levels in their range.

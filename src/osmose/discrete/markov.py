@@ -238,10 +238,17 @@ class BirthDeath(Process):
         return q - q.sum(0).diag()
 
     def end(self, levels: int) -> Tensor:
-        """The law that the chain leaves as it is; where one state is never left, that state."""
+        """The law that the chain leaves as it is; where one state is never left, that state.
+
+        Raises:
+            UserError: levels that fall apart into sets that are never left, so that there are many such laws.
+        """
         q = self.generator(levels)
         # The null vector of Q: the smallest singular value's.
-        law = torch.linalg.svd(q)[2][-1].abs()
+        _, sizes, rows = torch.linalg.svd(q)
+        if levels > 1 and float(sizes[-2]) <= _ROUNDING * float(sizes[0]):
+            raise UserError("process: there are levels between which no jumps lead, and the chain has no single end")
+        law = rows[-1].abs()
         return law / law.sum()
 
 

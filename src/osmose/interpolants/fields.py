@@ -34,6 +34,7 @@ LEARNED: dict[str, tuple[str, ...]] = {
     "b-s": ("b", "s"),
     "v-s": ("v", "s"),
     "eta": ("eta",),
+    "w": ("w",),
 }
 
 
@@ -64,9 +65,11 @@ def check_learned(learn: str, path: Path) -> None:
     """
     if learn not in LEARNED:
         raise UserError(f"learn: {learn!r} is not valid; {nearest(learn, LEARNED)}")
-    if path.one_sided and learn not in ("b", "eta"):
-        raise UserError(f"learn: {learn!r} is more than {path.kind} needs: all its fields follow from b, or from eta")
-    if learn == "eta" and not (path.one_sided or path.mirror):
+    if path.one_sided and learn not in ("b", "w"):
+        raise UserError(f"learn: {learn!r} is not for {path.kind}: all its fields follow from b, or from w")
+    if learn == "w" and not path.one_sided:
+        raise UserError(f"learn: 'w' leaves the noise of {path.kind} unknown; learn b-eta")
+    if learn == "eta" and not path.mirror:
         raise UserError(f"learn: 'eta' alone leaves the velocity of {path.kind} unknown; learn b-eta")
     if learn != "b" and not path.noisy:
         raise UserError(f"learn: {learn!r} asks for the noise of {path.kind}, whose gamma is none; learn b")
@@ -91,9 +94,7 @@ def require_score(learn: str, path: Path) -> None:
         )
 
 
-def read(
-    learn: str, path: Path, c: Coefficients, x: Tensor, outputs: Sequence[Tensor], mean1: Tensor | None = None
-) -> Fields:
+def read(learn: str, path: Path, c: Coefficients, x: Tensor, outputs: Sequence[Tensor]) -> Fields:
     """The fields from what a network was taught.
 
     Args:
@@ -102,7 +103,6 @@ def read(
         c: its coefficients at t of shape (B,) or (), or at one time (`path.point`), which costs least.
         x: x_t, shape (B, *event).
         outputs: the fields that were learned, each of x's shape.
-        mean1: E[x1], which broadcasts to an event: what a one-sided path that learned eta needs at t = 0.
 
     Raises:
         ValueError: not as many outputs as `learn` names, or shapes that are not x's.
@@ -112,7 +112,7 @@ def read(
         if output.shape != x.shape:
             raise ValueError(f"{name} has shape {tuple(output.shape)}, and x has {tuple(x.shape)}")
     if path.one_sided:
-        return one_sided_of_b(c, x, given["b"]) if learn == "b" else one_sided_of_eta(c, x, given["eta"], mean1)
+        return one_sided_of_b(c, x, given["b"]) if learn == "b" else one_sided_of_w(c, x, given["w"])
     eta, s = given.get("eta"), given.get("s")
     if s is not None:
         eta = eta_of_score(s, c.gamma)
@@ -197,23 +197,19 @@ def one_sided_of_b(c: Coefficients, x: Tensor, b: Tensor) -> Fields:
     return Fields(b, s, eta, eta, b * column(one_b, x) + x * column(one_x, x))
 
 
-def one_sided_of_eta(c: Coefficients, x: Tensor, eta: Tensor, mean1: Tensor | None = None) -> Fields:
-    """All fields of a one-sided path from its denoiser: eta1 = (x - alpha eta) / beta, b = alpha' eta + beta' eta1.
+def one_sided_of_w(c: Coefficients, x: Tensor, w: Tensor) -> Fields:
+    """All fields of a one-sided path from w = E[alpha x1 - beta x0 | x_t], the v-prediction of a diffusion.
 
-    At t = 0 x is the noise itself, eta = x, and eta1 is E[x1], which has to be given; without it, eta1 and b are None.
+    Both ends follow with factors that are at most 1 where alpha^2 + beta^2 = 1, and bounded on every path: an error of
+    the network is magnified nowhere. From the denoiser alone eta1 = (x - alpha eta) / beta, and samples would begin
+    with an error that is divided by t.
     """
     c = _plain(c)
-    start, b, eta1 = c.beta == 0, None, None
-    if _any(start):
-        # As a number 0 or 1, so that it broadcasts over events like every other factor.
-        at_start = torch.as_tensor(column(_where(start, 1.0, 0.0), x), device=x.device) == 1
-        eta = torch.where(at_start, x, eta)
-        if mean1 is not None:
-            inner = (x - eta * column(c.alpha, x)) * column(1 / _nonzero(c.beta), x)
-            eta1 = torch.where(at_start, mean1.to(x), inner)
-    else:
-        eta1 = (x - eta * column(c.alpha, x)) * column(1 / c.beta, x)
-    if eta1 is not None and not _any(abs(c.alpha_dot) == math.inf):
+    size = c.alpha**2 + c.beta**2
+    eta = x * column(c.alpha / size, x) - w * column(c.beta / size, x)
+    eta1 = x * column(c.beta / size, x) + w * column(c.alpha / size, x)
+    b = None
+    if not _any(abs(c.alpha_dot) == math.inf):
         b = eta * column(c.alpha_dot, x) + eta1 * column(c.beta_dot, x)
     return Fields(b, score_of_eta(eta, c.alpha), eta, eta, eta1)
 

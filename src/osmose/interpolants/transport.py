@@ -278,11 +278,11 @@ def _with_divergence(
             raise ValueError("the velocity has no gradient in x; is it computed without autograd?")
         if signs is not None:
             pulled = [torch.autograd.grad(b, x, v, retain_graph=True)[0] * v for v in signs]
-            return b.detach(), torch.stack(pulled).flatten(2).double().sum(2).mean(0)
-        flat, total = b.flatten(1), torch.zeros(len(x), dtype=torch.float64, device=x.device)
+            return b.detach(), torch.stack(pulled).flatten(2).cpu().double().sum(2).mean(0)
+        flat, total = b.flatten(1), torch.zeros(len(x), dtype=torch.float64)
         for i in range(flat.shape[1]):
             (row,) = torch.autograd.grad(flat[:, i].sum(), x, retain_graph=True)
-            total += row.flatten(1)[:, i]
+            total += row.flatten(1)[:, i].cpu()
     return b.detach(), total
 
 

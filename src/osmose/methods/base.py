@@ -301,7 +301,9 @@ class GenerativeModel(nn.Module, ABC):
         Raises:
             UserError: a method or data without such a bound; the message says why.
         """
-        raise UserError(f"{self.config.kind}: has no likelihood bound; ddpm, iddpm and edm have")
+        raise UserError(
+            f"{self.config.kind}: has no likelihood bound; ddpm, iddpm, edm, blackout, interpolant and bridge have"
+        )
 
     def regression(self, batch: Batch, draws: Draws) -> Regression:  # noqa: ARG002
         """The loss of a batch, with the same draws as `loss`, as the least squares that it is.
@@ -393,6 +395,8 @@ class GenerativeModel(nn.Module, ABC):
         begin, form = self.ends(sampling)
         if start is not None:
             start = self._admitted(start, begin, num_samples)
+            if self.config.conditional and condition is None:
+                raise UserError("condition: required (--label): the class that given items are translated to")
         batch_size = batch_size or max(1, min(256, 2**20 // self.spec.dimension))
         total = -(-num_samples // batch_size)
         for index, first in enumerate(range(0, num_samples, batch_size)):

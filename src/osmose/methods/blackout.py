@@ -174,7 +174,9 @@ class Blackout(GenerativeModel):
         self.missing(n, torch.ones(items, dtype=torch.float64), condition)
 
     def missing(self, n: Tensor, s: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Y, the number of units that are missing in the mean, float32 (B, *event), between 0 and M - n.
+        """Y, the number of units that are missing in the mean, float32 (B, *event), at least 0.
+
+        Odds keep it below M - n; softplus does not, and steps cut it there.
 
         Args:
             n: counts at time s, int64 (B, *event).
@@ -191,7 +193,7 @@ class Blackout(GenerativeModel):
         out = self.network(x, label, condition).float()
         left = self.largest - n
         if self.config.parametrization == "softplus":
-            return F.softplus(out).minimum(left.float())
+            return F.softplus(out)  # not cut at M - n: what is too large would have no gradient to come back by
         return left * torch.sigmoid(out + log_q + torch.logit(self.share))
 
     def _column(self, values: Tensor) -> Tensor:
@@ -296,6 +298,8 @@ class Blackout(GenerativeModel):
         on_step(0, len(grid), self.spec.from_levels(n))
         for index in reversed(range(len(grid))):
             y = self.missing(n, grid[index].expand(draws.count), condition)
+            if not bool(y.isfinite().all()):
+                raise UserError("blackout: the network answers NaN or infinity; has training diverged?")
             r = float(regained(u[index - 1], u[index])) if index else 1.0
             n = step(n.cpu(), y.cpu(), r, self.largest, draws).to(self.device)
             on_step(len(grid) - index, len(grid), self.spec.from_levels(n))

@@ -37,12 +37,12 @@ from torch import Tensor, nn
 from osmose.configuration import ConfigError
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
-from osmose.gaussian.draws import Draws
+from osmose.gaussian.draws import Draws, SampleDraws
 from osmose.gaussian.parametrization import column
 from osmose.interpolants import PATHS
 from osmose.interpolants.coupling import ot_pairing
 from osmose.interpolants.fields import LEARNED, Fields, check_learned, read, require_score
-from osmose.interpolants.paths import Coefficients, Path, interpolate
+from osmose.interpolants.paths import Coefficients, Path, check_path, interpolate
 from osmose.interpolants.transport import Epsilon, FieldsAt, Solver, evaluations, grid, log_density, transport
 from osmose.methods.base import (
     Batch,
@@ -61,7 +61,7 @@ from osmose.networks.calibration import Levels, calibrations
 from osmose.networks.presets import network_for
 
 PathChoice = Annotated[SerializeAsAny[Path], BeforeValidator(PATHS.parse)]
-Learned = Literal["b", "b-eta", "v-eta", "b-s", "v-s", "eta"]
+Learned = Literal["b", "b-eta", "v-eta", "b-s", "v-s", "eta", "w"]
 
 #: Values of held-out items to begin with that a run keeps, and how many items at most.
 _KEPT_VALUES, _KEPT_ITEMS = 2**20, 4096
@@ -89,9 +89,10 @@ class InterpolantSampling(PathSampling):
 
     epsilon: float = Field(0.0, ge=0, description="noise of the SDE; 0 is the ODE")
     follow: bool | None = Field(
-        None, description="let epsilon fall with the path's noise: epsilon gamma(t); null where it has to, with eta"
+        None,
+        description="let epsilon fall with the noise of the path: epsilon gamma(t), or alpha; null: where it has to",
     )
-    denoise: bool = Field(True, description="end an SDE with the estimate of the data, not with a noisy step")
+    denoise: bool = Field(False, description="end with the estimate of the data instead of the last step")
 
 
 class BridgeSampling(PathSampling):
@@ -119,7 +120,8 @@ class InterpolantConfig(PathConfig):
 
     kind: Literal["interpolant"] = "interpolant"
     learn: Learned | None = Field(
-        None, description="velocity b, drift v, denoiser eta, score s; null for what suits the path: b-eta, or one"
+        None,
+        description="velocity b, drift v, denoiser eta, score s, w = alpha x1 - beta x0; null: what suits the path",
     )
     coupling: Literal["independent", "ot"] = Field(
         "independent", description="ot pairs the items of a pass with starts at the least squared distance (POT)"
@@ -136,8 +138,10 @@ class InterpolantConfig(PathConfig):
         """What is learned, when nothing is said what suits the path."""
         if self.learn is not None:
             return self.learn
-        if self.path.mirror or self.path.kind == "one-sided-vp":  # whose b has a target that is infinite at t = 1
+        if self.path.mirror:
             return "eta"
+        if self.path.kind == "one-sided-vp":  # whose b has a target that is infinite at t = 1
+            return "w"
         return "b" if self.path.one_sided or not self.path.noisy else "b-eta"
 
     def build(self, spec: DataSpec) -> Interpolant:
@@ -218,6 +222,7 @@ class _Between(GenerativeModel):
         start = spec.start
         if path.mirror and start is not None and (start.shift, start.scale) != (spec.shift, spec.scale):
             raise UserError("path: mirror begins with the data themselves; name one data set as --data and --source")
+        check_path(path)
         check_learned(self.learned, path)
         if config.sampling.direction == "backward":
             raise UserError(
@@ -245,7 +250,7 @@ class _Between(GenerativeModel):
         """What the network meets on a one-sided path, whose noise is x0."""
         t = torch.linspace(self.config.cap, 1 - self.config.cap, _FINE, dtype=torch.float64)
         c = self.config.path.at(t)
-        signal, noise = (c.beta_dot, c.alpha_dot) if self.learned == "b" else (torch.zeros_like(t), torch.ones_like(t))
+        signal, noise = (c.beta_dot, c.alpha_dot) if self.learned == "b" else (c.alpha, -c.beta)
         return Levels(1000 * t, 2 * t - 1, c.beta, c.alpha, signal, noise)
 
     def prepare(self, items: Iterable[Batch]) -> None:
@@ -272,6 +277,15 @@ class _Between(GenerativeModel):
         if self.spec.start is None:
             return draws.normal(self.spec.shape).to(batch.x0)
         return batch.start if batch.start is not None else self._kept(draws)
+
+    def _starts(self, draws: Draws) -> Tensor:
+        """Of samples: the kept ones in an order that the seed decides, each once before the first comes again."""
+        if not isinstance(draws, SampleDraws):
+            return self._kept(draws)
+        generator = torch.Generator().manual_seed(draws.seed)
+        order = torch.randperm(len(self.starts), generator=generator)
+        place = torch.arange(draws.first, draws.first + draws.count) % len(order)
+        return self.starts[order[place].to(self.device)]
 
     def _kept(self, draws: Draws) -> Tensor:
         return self.starts[(draws.uniform() * len(self.starts)).long().to(self.device)]
@@ -311,7 +325,9 @@ class _Between(GenerativeModel):
         c, z = meeting.c, meeting.z
         for out, sign in zip(outs, meeting.signs, strict=True):
             if name == "eta":
-                values = (out - (meeting.x0 if self.config.path.one_sided else sign * z)).square()
+                values = (out - sign * z).square()
+            elif name == "w":
+                values = (out - column(c.alpha, z) * meeting.x1 + column(c.beta, z) * meeting.x0).square()
             elif name == "s":
                 values = out.square() + 2 * sign * column(1 / c.gamma, z) * z * out
             else:
@@ -354,7 +370,7 @@ class _Between(GenerativeModel):
         assert isinstance(sampling, PathSampling)
         if sampling.direction == "backward":
             raise UserError("direction: backward begins with items of the data: give them, with --from FILE")
-        start = draws.normal(self.spec.shape) if self.spec.start is None else self._kept(draws)
+        start = draws.normal(self.spec.shape) if self.spec.start is None else self._starts(draws)
         return self.translate(start, draws, sampling, condition, on_step)
 
     @abstractmethod
@@ -380,32 +396,6 @@ class _Between(GenerativeModel):
             on_step(index + 1, steps, x)
         return x, evaluations(sampling.solver, steps, denoise)
 
-
-class Interpolant(_Between):
-    """See the module's text: fields are learned on a path that is given."""
-
-    config: InterpolantConfig
-
-    def _start(self, batch: Batch, draws: Draws) -> Tensor:
-        start = super()._start(batch, draws)
-        if self.config.coupling == "ot":
-            start = start[ot_pairing(start, batch.x0, batch.condition).to(start.device)]
-        return start
-
-    def loss(self, batch: Batch, draws: Draws) -> LossTerms:
-        meeting = self._meet(batch, draws)
-        parts = self._regress(meeting)
-        total = torch.stack(list(parts.values())).sum(0)
-        return LossTerms(total, meeting.t, {name: part.detach() for name, part in parts.items()})
-
-    def _noise(self, sampling: PathSampling) -> tuple[Epsilon, bool]:
-        assert isinstance(sampling, InterpolantSampling)
-        if sampling.follow and not self.config.path.noisy:
-            raise ConfigError("follow", f"true is not valid: {self.config.path.kind} has no noise here to follow")
-        follow = self.config.path.flat and "eta" in self.learned if sampling.follow is None else sampling.follow
-        epsilon = Epsilon(sampling.epsilon, self.config.path if follow else None)
-        return epsilon, sampling.denoise and sampling.epsilon > 0
-
     def bound(
         self,
         batch: Batch,
@@ -424,9 +414,11 @@ class Interpolant(_Between):
         """
         for name, given in (("variance", variance is not None), ("clip", not clip)):
             if given:
-                raise UserError(f"{name}: the ODE of an interpolant has none to choose")
+                raise UserError(f"{name}: the ODE of {self.config.kind} has none to choose")
         if self.spec.start is not None:
-            raise UserError("interpolant: the density of the data to begin with is unknown, and so is that of samples")
+            raise UserError(
+                f"{self.config.kind}: the density of the data to begin with is unknown, and so is that of samples"
+            )
         count, cap = num_steps or 50, self.config.cap
         # Not in inference mode, in which the caller is: the divergence is a derivative.
         with torch.inference_mode(False):
@@ -436,7 +428,7 @@ class Interpolant(_Between):
                 scale = torch.tensor(self.spec.scale, dtype=torch.float64)
                 shift = scale.log().mean()
             else:
-                u = torch.special.ndtr(draws.normal(self.spec.shape).clone().double()).to(x)  # uniform in (0, 1)
+                u = torch.special.ndtr(draws.normal(self.spec.shape).cpu().double()).to(x)  # uniform in (0, 1)
                 x = x + (u - 0.5) * step.to(x)
                 shift = -step.log().mean()
             fields_at = self.fields_at(condition)
@@ -448,7 +440,7 @@ class Interpolant(_Between):
                 return b
 
             def log_prior(x: Tensor) -> Tensor:
-                return -(x.double().square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2
+                return -(x.cpu().double().square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2
 
             log_p, integrals = log_density(
                 velocity,
@@ -461,6 +453,40 @@ class Interpolant(_Between):
         D = self.spec.dimension
         t = torch.linspace(0, 1, count + 1, dtype=torch.float64)
         return BoundTerms((t[1:] + t[:-1]) / 2, shift - log_p.cpu() / D, -integrals.cpu() / D, is_density=step is None)
+
+
+class Interpolant(_Between):
+    """See the module's text: fields are learned on a path that is given."""
+
+    config: InterpolantConfig
+
+    def __init__(self, config: InterpolantConfig, spec: DataSpec):
+        super().__init__(config, spec)
+        if config.coupling == "ot" and spec.paired:
+            raise UserError("coupling: ot would pair anew what data.paired has paired; take independent")
+
+    def _start(self, batch: Batch, draws: Draws) -> Tensor:
+        start = super()._start(batch, draws)
+        if self.config.coupling == "ot":
+            start = start[ot_pairing(start, batch.x0, batch.condition).to(start.device)]
+        return start
+
+    def loss(self, batch: Batch, draws: Draws) -> LossTerms:
+        meeting = self._meet(batch, draws)
+        parts = self._regress(meeting)
+        total = torch.stack(list(parts.values())).sum(0)
+        return LossTerms(total, meeting.t, {name: part.detach() for name, part in parts.items()})
+
+    def _noise(self, sampling: PathSampling) -> tuple[Epsilon, bool]:
+        assert isinstance(sampling, InterpolantSampling)
+        path, follow = self.config.path, sampling.follow
+        if follow and not path.noisy:
+            raise ConfigError("follow", f"true is not valid: {path.kind} has no noise here to follow")
+        if follow is not None and sampling.epsilon == 0:
+            raise ConfigError("follow", f"{str(follow).lower()} has nothing to say where epsilon is 0; give epsilon")
+        if follow is None:  # where the score is the learned noise divided by what has no finite integral
+            follow = sampling.epsilon > 0 and (path.one_sided or (path.flat and "eta" in self.learned))
+        return Epsilon(sampling.epsilon, path if follow else None), sampling.denoise
 
 
 class Bridge(_Between):
@@ -478,6 +504,8 @@ class Bridge(_Between):
     def __init__(self, config: BridgeConfig, spec: DataSpec):
         super().__init__(config, spec)
         path = config.path
+        if spec.paired:
+            raise UserError("data.paired: true is not for a bridge, whose ends are drawn independently of each other")
         if path.one_sided or path.mirror or not path.noisy:
             raise UserError(
                 f"path: {path.kind} cannot become a bridge, which needs two ends that do not depend on each other, and "
