@@ -1,9 +1,11 @@
 import itertools
+import math
 
 import pytest
 import torch
 
 from osmose.errors import UserError
+from osmose.gaussian.parametrization import column
 from osmose.interpolants import PATHS
 from osmose.interpolants.fields import (
     LEARNED,
@@ -13,7 +15,7 @@ from osmose.interpolants.fields import (
     has_score,
     noise_velocity,
     one_sided_of_b,
-    one_sided_of_eta,
+    one_sided_of_w,
     read,
     require_score,
     score_of_eta,
@@ -54,12 +56,15 @@ def allowed(path):
         yield learn
 
 
+TWO_SIDED = ("linear", "trig", "trig-vp", "encdec")
 CASES = [(kind, learn) for kind in PATHS.entries for learn in allowed(PATHS.parse(kind))]
 FIELDS = ("b", "s", "eta", "eta0", "eta1")
 
 
-def outputs(learn, known, drift):
+def outputs(learn, known, drift, c=None):
     values = {"v": drift, "b": known.b, "s": known.s, "eta": known.eta}
+    if learn == "w":
+        values["w"] = column(c.alpha, known.eta1) * known.eta1 - column(c.beta, known.eta0) * known.eta0
     return [values[name] for name in LEARNED[learn]]
 
 
@@ -73,9 +78,9 @@ def compared(got, want):
 
 def test_what_may_be_learned():
     assert sorted(set(CASES)) == sorted(
-        [(kind, learn) for kind in ("linear", "trig", "trig-vp", "encdec") for learn in LEARNED if learn != "eta"]
-        + [(kind, learn) for kind in PATHS.entries if "one-sided" in kind for learn in ("b", "eta")]
-        + [("mirror", learn) for learn in LEARNED]
+        [(kind, learn) for kind in TWO_SIDED for learn in LEARNED if learn not in ("eta", "w")]
+        + [(kind, learn) for kind in PATHS.entries if "one-sided" in kind for learn in ("b", "w")]
+        + [("mirror", learn) for learn in LEARNED if learn != "w"]
     )
     assert list(allowed(LinearPath(gamma="none"))) == ["b"]
 
@@ -85,7 +90,7 @@ def test_fields_that_are_read_are_the_true_ones(kind, learn):
     true, x = oracle(kind), randn(5, 2)
     for t in (0.2, 0.7, f64([0.1, 0.3, 0.45, 0.2, 0.05]), f64([0.6, 0.9, 0.55, 0.8, 0.7])):
         want = true.fields(t, x)
-        got = read(learn, true.path, true.path.at(t), x, outputs(learn, want, true.drift(t, x)))
+        got = read(learn, true.path, true.path.at(t), x, outputs(learn, want, true.drift(t, x), true.path.at(t)))
         late = float(torch.as_tensor(t).max()) > 0.5
         wanted = {"b"} if learn == "b" and not true.path.one_sided else set(FIELDS)
         if kind == "encdec" and learn != "b":
@@ -118,8 +123,8 @@ AT_THE_ENDS = {
         "v-s": (ALL, ALL),
         "eta": (ALL - {"s", "b"}, ALL - {"s", "b"}),
     },
-    "one-sided-linear": {"b": (ALL, ALL - {"s"}), "eta": ({"s", "eta", "eta0"}, ALL - {"s"})},
-    "one-sided-vp": {"b": (ALL, ALL), "eta": ({"s", "eta", "eta0"}, ALL - {"s", "b"})},
+    "one-sided-linear": {"b": (ALL, ALL - {"s"}), "w": (ALL, ALL - {"s"})},
+    "one-sided-vp": {"b": (ALL, ALL), "w": (ALL, ALL - {"s", "b"})},
 }
 AT_THE_ENDS["trig"] = AT_THE_ENDS["trig-vp"] = AT_THE_ENDS["linear"]
 AT_THE_ENDS["one-sided-trig"] = AT_THE_ENDS["one-sided-linear"]
@@ -131,27 +136,31 @@ def test_limits_at_the_ends_are_true_or_unknown(kind, learn):
     for t, known in zip((0.0, 1.0), AT_THE_ENDS[kind][learn], strict=True):
         want = true.fields(t, x)
         assert all(getattr(want, name).isfinite().all() for name in FIELDS)
-        got = read(learn, true.path, true.path.at(t), x, outputs(learn, want, true.drift(t, x)))
+        got = read(learn, true.path, true.path.at(t), x, outputs(learn, want, true.drift(t, x), true.path.at(t)))
         assert compared(got, want) == known
         # A batch of which one item is at an end knows no more than that item does.
         times = f64([t, 0.3, 0.3, 0.3]) if t == 0 else f64([t, 0.7, 0.7, 0.7])
         want = true.fields(times, x)
-        got = read(learn, true.path, true.path.at(times), x, outputs(learn, want, true.drift(times, x)))
+        got = read(
+            learn, true.path, true.path.at(times), x, outputs(learn, want, true.drift(times, x), true.path.at(times))
+        )
         mixed = compared(got, want)
         assert mixed <= known
         assert mixed >= known - ({"eta0", "eta1"} if learn in ("b", "b-eta") else set())
 
 
 @pytest.mark.parametrize("kind", [kind for kind in PATHS.entries if "one-sided" in kind])
-def test_the_mean_of_the_data_completes_the_start(kind):
-    true, x = oracle(kind), randn(4, 2)
-    for t in (0.0, f64([0.0, 0.3, 0.6, 0.9])):
-        want = true.fields(t, x)
-        got = read("eta", true.path, true.path.at(t), x, [want.eta], mean1=RHO1.mean)
-        assert compared(got, want) == ALL
+def test_an_error_of_w_is_magnified_nowhere(kind):
+    true, x, error = oracle(kind), randn(4, 2), 0.01
+    for t in (0.0, 1e-4, 0.3, 0.9, 1 - 1e-4):
+        want, c = true.fields(t, x), true.path.at(t)
+        (w,) = outputs("w", want, None, c)
+        got = read("w", true.path, c, x, [w + error])
+        for name in ("eta", "eta1"):
+            assert float((getattr(got, name) - getattr(want, name)).abs().max()) <= math.sqrt(2) * error + 1e-12
     # At t = 0 x is the noise, whatever a network says.
-    off = read("eta", true.path, true.path.at(0.0), x, [want.eta + 1], mean1=RHO1.mean)
-    assert compared(off, true.fields(0.0, x)) == ALL
+    off = read("w", true.path, true.path.at(0.0), x, [w + 1])
+    assert torch.equal(off.eta, x)
     assert float(true.fields(0.0, x).b[0, 0]) == pytest.approx(
         float(true.path.at(0.0).alpha_dot * x[0, 0] + true.path.at(0.0).beta_dot * RHO1.mean[0]), abs=1e-12
     )
@@ -195,7 +204,7 @@ def test_one_sided_conversions_are_inverse_to_each_other(kind):
     path, t = PATHS.parse(kind), f64([0.05, 0.3, 0.5, 0.9])
     c, x, b = path.at(t), *randn(2, 4, 2, 3)
     one = one_sided_of_b(c, x, b)
-    back = one_sided_of_eta(c, x, one.eta)
+    back = one_sided_of_w(c, x, column(c.alpha, x) * one.eta1 - column(c.beta, x) * one.eta)
     assert all(torch.allclose(getattr(one, name), getattr(back, name), atol=1e-11) for name in FIELDS)
     # The score by the formula of the literature (willisma/SiT).
     alpha, beta, alpha_dot, beta_dot = (
@@ -229,7 +238,7 @@ def test_fields_keep_the_dtype_of_a_batch_of_any_shape():
     for path, learn, given in (
         ("linear", "b-eta", [b, eta]),
         ("one-sided-vp", "b", [b]),
-        ("one-sided-trig", "eta", [eta]),
+        ("one-sided-trig", "w", [eta]),
         ("mirror", "eta", [eta]),
     ):
         path = PATHS.parse(path)
@@ -243,7 +252,9 @@ def test_fields_keep_the_dtype_of_a_batch_of_any_shape():
 
 def test_what_does_not_fit_is_refused():
     for learn, path, message in (
-        ("b-s", "one-sided-vp", "all its fields follow from b, or from eta"),
+        ("b-s", "one-sided-vp", "all its fields follow from b, or from w"),
+        ("eta", "one-sided-vp", "all its fields follow from b, or from w"),
+        ("w", "linear", "leaves the noise of linear unknown; learn b-eta"),
         ("eta", "linear", "leaves the velocity of linear unknown"),
         ("b-eta", LinearPath(gamma="none"), "whose gamma is none; learn b"),
         ("b_eta", "linear", "did you mean 'b-eta'"),

@@ -181,12 +181,13 @@ def test_an_epsilon_that_follows_the_path_has_the_variance_of_the_whole_step():
 @pytest.mark.parametrize("kind", ["linear", "one-sided-linear"])
 def test_denoisers_alone_are_enough_for_an_epsilon_that_follows_the_path(kind):
     true, x = oracle(kind), randn(50, 2)
-    learn = "eta" if true.path.one_sided else "b-eta"
+    learn = "w" if true.path.one_sided else "b-eta"
 
     def learned(t, x):
         known = true.fields(t, x)
-        outputs = [known.eta] if learn == "eta" else [known.b, known.eta]
-        return read(learn, true.path, true.path.at(t), x, outputs, RHO1.mean)
+        c = true.path.at(t)
+        outputs = [c.alpha * known.eta1 - c.beta * known.eta] if learn == "w" else [known.b, known.eta]
+        return read(learn, true.path, c, x, outputs)
 
     epsilon, times = Epsilon(1.0, true.path), grid(40)
     got, want = (last(transport(f, x, times, epsilon, noise_of(x), "heun-noise-first")) for f in (learned, true.fields))

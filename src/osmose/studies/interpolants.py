@@ -97,7 +97,7 @@ class Interpolants(Study):
     `eight-*`: learned, from the two modes to toy:8-gaussians, an MLP (2 blocks of 128), 2,000 updates at the rate
     0.002, on 256 items with both signs of the noise or, where a loss has one, on 512: 512 inputs of the network each.
     `off` is the share of samples farther than 4 deviations from every mode, `log_rho` the mean log-density of samples
-    (in the data's units), ED as above. Samples begin with fresh draws of the two modes and take 200 steps of heun, ODE
+    (in the data's units), ED as above. Samples begin with fresh draws of the two modes and take 100 steps of heun, ODE
     and SDE alike without a denoising step; the ODE also few steps of Euler. `exact` in this table is what the same
     samplers make of the exact fields: what they differ from data by is the solver's.
 
@@ -106,7 +106,7 @@ class Interpolants(Study):
     `digits-*`: noise to digits, an MLP (2 blocks of 256), 2,000 updates of 128, fd_clf after few steps of Euler.
 
     `bridge-*`: a Gaussian to one with correlation 0.8, at epsilon = 0.5: the method `bridge`, and the linear path that
-    it begins with, the same networks for the fields, 4,000 updates of 512 each. The energy is E|u|^2 a value, along
+    it begins with, the same networks for the fields, 3,000 updates of 512 each. The energy is E|u|^2 a value, along
     simulated paths of 100 steps of heun; cov is the covariance at t = 1/2.
     """
 
@@ -124,10 +124,10 @@ class Interpolants(Study):
                 None,
                 eight,
                 {},
-                {"n": 300 if self.quick else 4000, "paths": self.paths},
+                {"n": 300 if self.quick else 2000, "paths": self.paths},
                 "fields in closed form",
             ),
-            Cell("errors", None, eight, {}, {"n": 500 if self.quick else 10000}, "a velocity with a known error"),
+            Cell("errors", None, eight, {}, {"n": 500 if self.quick else 5000}, "a velocity with a known error"),
             Cell("eight-exact", None, eight, {}, self._settings(), "the exact fields of the default"),
         ]
         learned = ("none", "brownian") if self.quick else tuple(LEARNED)
@@ -155,7 +155,7 @@ class Interpolants(Study):
         ):
             note = "the Schroedinger bridge" if name == "bridge" else "the path that it begins with"
             settings = {"n": 500 if self.quick else 20000, "steps": 10 if self.quick else 100}
-            longer = {} if self.quick else {"training.steps": 4000, "training.batch_size": 512}
+            longer = {} if self.quick else {"training.steps": 3000, "training.batch_size": 512}
             cells.append(Cell(f"bridge-{name}", method, gauss, training | longer | changes, settings, note))
         return cells
 
@@ -172,7 +172,7 @@ class Interpolants(Study):
     @property
     def steps(self) -> int:
         """Steps of everything else."""
-        return 10 if self.quick else 200
+        return 10 if self.quick else 100
 
     @property
     def epsilons(self) -> tuple[float, ...]:
@@ -186,7 +186,7 @@ class Interpolants(Study):
         return network | {"training.steps": 2000, "training.batch_size": 256, "training.lr": 2e-3}
 
     def _settings(self) -> dict[str, Any]:
-        return {"n": 400 if self.quick else 4000, "counts": self.counts, "epsilons": self.epsilons, "steps": self.steps}
+        return {"n": 400 if self.quick else 2000, "counts": self.counts, "epsilons": self.epsilons, "steps": self.steps}
 
     def _eight(self) -> DataConfig:
         """Eight modes, and a table of two to begin with, both of 20,000 points."""
@@ -530,7 +530,7 @@ def _squared_gradient(law: MixturePath, t: float, n: int, generator: torch.Gener
 
 def _errors(trained: Trained) -> list[Row]:
     n, generator, rows = trained.cell.settings["n"], torch.Generator().manual_seed(trained.seed), []
-    steps = 20 if n < 1000 else 300
+    steps = 20 if n < 1000 else 200
     law = _laws(EXACT[_SMOOTH])
     real_counts = _counted(law.rho1.sample(n, generator))
     for error in (0.0, *ERRORS):
