@@ -104,7 +104,12 @@ def test_samples(osmose, name, words):
 
 
 def test_the_answer_counts_evaluations(osmose):
-    for words, nfe in (([], 8), (["--steps", 6, "--solver", "euler"], 6), (["--steps", 6, "epsilon=1"], 11)):
+    for words, nfe in (
+        ([], 8),
+        (["--steps", 6, "--solver", "euler"], 6),
+        (["--steps", 6, "epsilon=1"], 12),
+        (["--steps", 6, "epsilon=1", "denoise=true"], 11),
+    ):
         answer = osmose("sample", "between", "-n", 3, *words, "--out", "x.npz", "--json")
         assert json.loads(answer.out)["nfe"] == nfe
     assert json.loads(osmose("sample", "pairs", "--from", "before.npz", "--out", "x.npz", "--json").out)["n"] == 60
@@ -155,7 +160,7 @@ def test_images_both_ways(osmose):
     assert found[0].max() <= 16
     np.testing.assert_allclose(*found, atol=1)
     # The other way values have no levels and the range of the source; a digit that is an image is scaled to 0..16.
-    back = drawn(osmose, "images", "--from", "one.png", "direction=backward")
+    back = drawn(osmose, "images", "--from", "one.png", "direction=backward", "--label", 3)
     assert (back.shape, back.dtype) == ((1, 1, 8, 8), np.float32)
     assert 20 < back.max() <= 255
     assert back.min() >= 0
@@ -334,7 +339,10 @@ LIKELIHOOD = ["analyze", "likelihood", "--quiet"]
         (["sample", "between", "--from", "between/config.json"], "config.json: should end in .npz, .csv, .png"),
         (["sample", "between", "--from", "before.npz", "-n", 61], "--num: 61 is more than the 60 items of --from"),
         (["sample", "between", "--from", "before.npz", "-n", 0], "num_samples: 0 is not valid: must be at least 1"),
-        (["sample", "noise", "--from", "before.npz"], "--from: samples of interpolant begin with noise; train"),
+        (
+            ["sample", "noise", "--from", "before.npz"],
+            "--from: samples of interpolant do not begin with data here; train",
+        ),
         (["sample", "noise", "direction=backward"], "direction: backward ends in noise here"),
         (["sample", "between", "direction=backward"], "direction: backward begins with items of the data: give them"),
         (["sample", "between", "direction=backward", "--out", "x.npz"], "direction: backward begins with items"),
@@ -349,8 +357,8 @@ LIKELIHOOD = ["analyze", "likelihood", "--quiet"]
         (["sample", "images", "--label", 10], "condition: class 10 is not in 0..9"),
         ([*LIKELIHOOD, "between"], "interpolant: the density of the data to begin with is unknown"),
         ([*LIKELIHOOD, "mirror"], "interpolant: the density of the data to begin with is unknown"),
-        ([*LIKELIHOOD, "noise", "--no-clip"], "clip: the ODE of an interpolant has none to choose"),
-        ([*LIKELIHOOD, "noise", "--variance", "fixed_small"], "variance: the ODE of an interpolant has none"),
+        ([*LIKELIHOOD, "noise", "--no-clip"], "clip: the ODE of interpolant has none to choose"),
+        ([*LIKELIHOOD, "noise", "--variance", "fixed_small"], "variance: the ODE of interpolant has none"),
         ([*LIKELIHOOD, "noise", "--steps", 0], "--steps: 0 is not valid: must be at least 1"),
         (["evaluate", "between", "-n", 6, "--quiet", "direction=backward"], "direction: backward gives items of the"),
         ([*NOISE, "--paired"], "paired: true needs data to begin with"),
@@ -388,10 +396,10 @@ def test_no_other_method_takes_a_start(osmose, refused):
     points = ["--data", "npz:after.npz", "network.width=16", "network.depth=1"]
     for method in ("ddpm", "edm", "vae"):
         message = refused("train", method, *points[:2], "--source", "npz:before.npz", "--out", "x")
-        assert message == f"start: samples of {method} begin with noise; interpolant goes from data to data"
+        assert message == f"start: samples of {method} cannot begin with data; those of interpolant and bridge can"
     assert osmose("train", "edm", *points, *SHORT, "sampling.num_steps=2", "--out", "edm").status == 0
     message = refused("sample", "edm", "--from", "before.npz", "--out", "x.npz")
-    assert message == "--from: samples of edm begin with noise; train interpolant with --source to translate"
+    assert message == "--from: samples of edm do not begin with data here; train interpolant or bridge with --source"
     assert "direction: unknown field" in refused("sample", "edm", "direction=backward")
 
 

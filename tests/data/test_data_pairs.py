@@ -188,7 +188,7 @@ def test_a_specification_keeps_its_start_through_json(pair):
     x = torch.from_numpy(ROWS[:5])
     assert torch.equal(again.start.encode(x), data.start.spec.encode(x))
     assert DataSpec.model_validate_json(data.spec.model_dump_json()) == data.spec
-    alone = DataSpec.parse(data.spec.replace(start=None).to_json())
+    alone = DataSpec.parse(data.spec.replace(start=None, paired=False).to_json())
     assert alone.start is None
     with pytest.raises(ConfigError, match=r"shape \(3,\) is not that of the data to begin with, \(2,\)"):
         DataSpec.parse({"kind": "points", "shape": [3], "start": {"kind": "points", "shape": [2]}})
@@ -248,7 +248,7 @@ def trained(tmp_path, monkeypatch, name, data, seed=0, steps=7, method=None):
     ], run
 
 
-@pytest.mark.parametrize("method", [{}, {"training.accumulate": 2}, {"conditional": True, "coupling": "ot"}], ids=str)
+@pytest.mark.parametrize("method", [{}, {"training.accumulate": 2}, {"conditional": True}], ids=str)
 def test_training_sees_pairs(tmp_path, monkeypatch, pair, method):
     batches, run = trained(tmp_path, monkeypatch, "run", DataConfig(**pair, paired=True), method=method)
     parts = method.get("training.accumulate", 1)
@@ -332,6 +332,6 @@ def test_held_out_starts_are_kept_and_training_ones_are_not(tmp_path, monkeypatc
     _, run = trained(tmp_path, monkeypatch, "run", config)
     dataset, model = config.load(), run.model()
     kept = dataset.start.spec.decode(model.starts)
-    torch.testing.assert_close(kept[:6], dataset.start.held_out, atol=1e-3, rtol=1e-4)
-    distance = (kept[:, None] - dataset.start.held_out).abs().sum(2).min(1).values
-    assert float(distance.max()) < 1e-3
+    distance = (kept[:, None] - dataset.start.held_out).abs().sum(2).min(1)
+    assert float(distance.values.max()) < 1e-3
+    assert sorted(distance.indices[:6].tolist()) == list(range(6))

@@ -159,6 +159,7 @@ def test_its_own_noise_is_the_default_and_any_other_may_be_taken():
         (PLANE, {"path": "one-sided-linear"}, "one-sided-linear"),
         (PLANE.replace(start=PLANE.to_json()), {"path": "mirror"}, "mirror"),
         (PLANE, {"path": {"kind": "linear", "gamma": "none"}}, "gamma is none"),
+        (PLANE.replace(start=PLANE.to_json(), paired=True), {}, "data.paired: true is not for a bridge"),
         (PLANE, {"epsilon": -0.1}, "epsilon: -0.1 is not valid"),
     ],
 )

@@ -84,11 +84,11 @@ def _paths(found: Tensor, labels: Sequence[str], spec: DataSpec) -> Any:  # noqa
 
     figure = Figure(figsize=(5.6, 5.6), dpi=110, layout="constrained")
     axes, paths, ends = figure.add_subplot(), found[:_PATHS, :, :2], found[:, -1, :2]
-    axes.scatter(ends[:, 0], ends[:, 1], s=3, c="0.7", linewidths=0, label="ends")
+    axes.scatter(ends[:, 0], ends[:, 1], s=3, c="0.7", linewidths=0, label="ends of all")
     axes.add_collection(LineCollection(list(paths.numpy()), colors="tab:blue", linewidths=0.5, alpha=0.5))
-    for index, colour, name in ((0, "tab:red", "beginning"), (-1, "tab:blue", "data")):
+    for index, colour, name in ((0, "tab:red", "beginning"), (-1, "tab:blue", "end")):
         axes.scatter(paths[:, index, 0], paths[:, index, 1], s=6, c=colour, linewidths=0, label=name, zorder=3)
-    axes.set_title(f"{len(paths)} of the trajectories in model units", fontsize=9)
+    axes.set_title(f"{len(paths)} of {len(found)} trajectories, model units", fontsize=9)
     axes.set_aspect("equal", adjustable="datalim")
     axes.legend(loc="upper right", fontsize=8, markerscale=2)
     return figure

@@ -121,7 +121,10 @@ def _one_line(text: str, verb: str) -> str:
     )
     if unknown:
         guess = f"did you mean {unknown.group(2)}?" if unknown.group(2) else f"see osmose {verb} --help"
-        return f"unknown argument {unknown.group(1).split(',')[0].strip()}; {guess}"
+        name = unknown.group(1).split(",")[0].strip()
+        if not unknown.group(2) and re.fullmatch(r"--[a-z][\w.-]*", name):
+            guess += f", and write {name[2:].replace('-', '_')}=VALUE if the method has it"
+        return f"unknown argument {name}; {guess}"
     return f"{words.split(' For full helptext')[0]}; see osmose {verb} --help"
 
 

@@ -42,7 +42,7 @@ class Evaluate:
         Path | None, arg(metavar="RUN2", help="compare with this run's samples from the same noise; RUN itself will do")
     ] = None
     num: Annotated[int | None, arg(aliases=["-n"], help="samples; 2000 if not given, or half the training data")] = None
-    solver: Annotated[str | None, arg(help="ancestral, ddim, heun or dpmpp-2m")] = None
+    solver: Annotated[str | None, arg(help="of the method: ddim, dpmpp-2m, bridge, euler ..., see the README")] = None
     t_mid: Annotated[
         str | None, arg(metavar="X[,X,...]", help="angles of a consistency model's steps but the first; 1.1 for two")
     ] = None

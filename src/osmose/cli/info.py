@@ -158,7 +158,7 @@ class Info:
         return Result(
             {"spec": spec.to_json(), "identity": identity.to_json()},
             lines,
-            f"osmose train ddpm --data {source} --out RUN",
+            f"osmose train {'blackout' if source.startswith('counts:') else 'ddpm'} --data {source} --out RUN",
         )
 
 

@@ -18,7 +18,9 @@ from osmose.training.progress import sampling_bar
 class Likelihood:
     """Bits per dimension of real data under a run's model: the variational bound, split into its terms.
 
-    Every step of the chain is scored once for every item, so it costs as many network evaluations as the schedule has
+    Of interpolants and bridges that begin with noise it follows the ODE from the data to the noise: a density, or a
+    bound through uniform noise where data have levels. Of others every step of the chain is scored once for every item,
+    so it costs as many network evaluations as the schedule has
     steps. The number is an upper limit of the negative log-likelihood of the averaged weights, and holds for one number
     of levels: digits have 17, 8-bit images 256. Writes likelihood.json and likelihood.png.
     """
@@ -76,7 +78,8 @@ class Likelihood:
             )
         paths = write_likelihood(result, out)
         c = result.conditions
-        chain, noise = f"  chain of {c['num_steps']} steps", []
+        kind = "ODE" if result.distortion is None else "chain"
+        chain, noise = f"  {kind} of {c['num_steps']} steps", []
         if result.eps_error is not None:
             chain += f", variance {c['variance']}, {'' if c['clip'] else 'not '}clipped"
             noise = [f"mean squared error of the noise, all t alike: {float(result.eps_error.mean()):.4f}"]

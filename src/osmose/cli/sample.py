@@ -31,7 +31,8 @@ class Sample:
     with held-out items of the first one. direction=backward goes the other way.
 
     --trajectory writes how samples come about: a .png with some states of each, or an .npz with all `states`
-    (n, states, ...) in the model's units from the beginning to the sample, and the steps `done` at each.
+    (n, states, ...) in the model's units from the beginning to the sample, the steps `done` at each, and the `shift`
+    and `scale` of the data's own units, states scale + shift.
     """
 
     model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder")]
@@ -45,7 +46,8 @@ class Sample:
         str | None, arg(metavar="X[,X,...]", help="angles of a consistency model's steps but the first; 1.1 for two")
     ] = None
     from_: Annotated[
-        Path | None, arg(name="from", metavar="FILE", help="items to translate: .npz, .csv or an image (interpolant)")
+        Path | None,
+        arg(name="from", metavar="FILE", help="items to translate: .npz, .csv or an image (interpolant, bridge)"),
     ] = None
     trajectory: Annotated[bool, arg(help="write how samples come about, step by step")] = False
     label: Annotated[
@@ -109,7 +111,9 @@ class Sample:
 
         assert self.from_ is not None
         if form is None:
-            raise UserError(f"--from: samples of {kind} begin with noise; train interpolant with --source to translate")
+            raise UserError(
+                f"--from: samples of {kind} do not begin with data here; train interpolant or bridge with --source"
+            )
         items = load_items(self.from_, form)
         if self.num is not None and self.num > len(items):
             raise UserError(f"--num: {self.num} is more than the {len(items)} items of --from")
@@ -130,8 +134,9 @@ class Sample:
         with quiet_warnings(), sampling_bar("sampling", not (self.quiet or self.json)) as on_step:
             paths = model.trajectories(count, most=None if whole else _COLUMNS, on_step=on_step, **asked)
         if whole:
+            shift, scale = np.array(form.shift), np.array(form.scale)
             with files.replacing(self.out) as temporary, temporary.open("wb") as file:
-                np.savez(file, states=paths.states.numpy(), done=np.array(paths.done))
+                np.savez(file, states=paths.states.numpy(), done=np.array(paths.done), shift=shift, scale=scale)
         else:
             labels = [f"step {done}" for done in paths.done]
             files.write_bytes(self.out, picture_of(paths.states, labels, form))

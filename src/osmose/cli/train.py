@@ -62,7 +62,7 @@ class Train:
         ),
     ] = None
     source: Annotated[
-        str | None, arg(metavar="DATA", help="data that samples begin with, as --data, instead of noise (interpolant)")
+        str | None, arg(metavar="DATA", help="data that samples begin with, as --data (interpolant, bridge)")
     ] = None
     paired: Annotated[bool, arg(help="item i of --data belongs to item i of --source")] = False
     data_root: Annotated[
@@ -87,7 +87,7 @@ class Train:
         str | None, arg(help="adam, or for tensor trains als (a step is a sweep over all cores) or riemannian")
     ] = None
     network: Annotated[str | None, arg(help=f"one of: {', '.join(NETWORKS.choices)}")] = None
-    schedule: Annotated[str | None, arg(help="linear, cosine, ve, trig or straight")] = None
+    schedule: Annotated[str | None, arg(help="linear, cosine, ve, trig, straight; of blackout logit, cosine")] = None
     precision: Annotated[str | None, arg(help="auto, fp32 or bf16")] = None
     conditional: Annotated[bool, arg(help="tell the network the class of each item")] = False
     compile: Annotated[bool, arg(help="torch.compile the network")] = False

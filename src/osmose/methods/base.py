@@ -223,7 +223,9 @@ class GenerativeModel(nn.Module, ABC):
         if config.conditional and not spec.num_classes:
             raise UserError("method.conditional: true needs data with classes, and these have none")
         if spec.start is not None and not self.takes_start:
-            raise UserError(f"start: samples of {config.kind} begin with noise; interpolant goes from data to data")
+            raise UserError(
+                f"start: samples of {config.kind} cannot begin with data; those of interpolant and bridge can"
+            )
         self.config, self.spec = config, spec
 
     def prepare(self, items: Iterable[Batch]) -> None:
@@ -269,7 +271,9 @@ class GenerativeModel(nn.Module, ABC):
         Raises:
             UserError: a model that begins with noise.
         """
-        raise UserError(f"start: samples of {self.config.kind} begin with noise: there is nothing to translate")
+        raise UserError(
+            f"start: samples of {self.config.kind} do not begin with data here: there is nothing to translate"
+        )
 
     def keep_starts(self, starts: Tensor) -> None:
         """Keep items to begin samples with that training does not see, for a model that takes any.
@@ -396,7 +400,9 @@ class GenerativeModel(nn.Module, ABC):
         if start is not None:
             start = self._admitted(start, begin, num_samples)
             if self.config.conditional and condition is None:
-                raise UserError("condition: required (--label): the class that given items are translated to")
+                raise UserError(
+                    "condition: required (--label) with given items: the class of the data at their other end"
+                )
         batch_size = batch_size or max(1, min(256, 2**20 // self.spec.dimension))
         total = -(-num_samples // batch_size)
         for index, first in enumerate(range(0, num_samples, batch_size)):
@@ -427,7 +433,9 @@ class GenerativeModel(nn.Module, ABC):
     def _admitted(self, start: Tensor, form: DataSpec | None, count: int) -> Tensor:
         """Items to begin with, in the model's units, when there is one for each sample."""
         if form is None:
-            raise UserError(f"start: samples of {self.config.kind} begin with noise: there is nothing to translate")
+            raise UserError(
+                f"start: samples of {self.config.kind} do not begin with data here: there is nothing to translate"
+            )
         if tuple(start.shape) != (count, *form.shape):
             raise UserError(
                 f"start: shape {tuple(start.shape)} given for {count} samples; {(count, *form.shape)} is right"

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from osmose.configuration import ConfigError
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
-from osmose.gaussian.draws import Draws, SampleDraws
+from osmose.gaussian.draws import Draws, SampleDraws, mix
 from osmose.gaussian.parametrization import column
 from osmose.interpolants import PATHS
 from osmose.interpolants.coupling import ot_pairing
@@ -257,8 +257,8 @@ class _Between(GenerativeModel):
         calibrate(self.network, items, self.spec)
 
     def keep_starts(self, starts: Tensor) -> None:
-        index = torch.arange(len(self.starts)) % len(starts)
-        self.starts.copy_(starts[index])
+        order = torch.randperm(len(starts), generator=torch.Generator().manual_seed(0))
+        self.starts.copy_(starts[order[torch.arange(len(self.starts)) % len(starts)]])
 
     def networks(self) -> list[nn.Module]:
         return [self.network]
@@ -279,13 +279,12 @@ class _Between(GenerativeModel):
         return batch.start if batch.start is not None else self._kept(draws)
 
     def _starts(self, draws: Draws) -> Tensor:
-        """Of samples: the kept ones in an order that the seed decides, each once before the first comes again."""
+        """Of samples: the kept ones in their order, from a place that the seed decides, each once before the next."""
         if not isinstance(draws, SampleDraws):
             return self._kept(draws)
-        generator = torch.Generator().manual_seed(draws.seed)
-        order = torch.randperm(len(self.starts), generator=generator)
-        place = torch.arange(draws.first, draws.first + draws.count) % len(order)
-        return self.starts[order[place].to(self.device)]
+        first = mix(draws.seed, "starts") % len(self.starts) + draws.first
+        place = torch.arange(first, first + draws.count) % len(self.starts)
+        return self.starts[place.to(self.device)]
 
     def _kept(self, draws: Draws) -> Tensor:
         return self.starts[(draws.uniform() * len(self.starts)).long().to(self.device)]

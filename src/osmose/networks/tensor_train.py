@@ -340,7 +340,12 @@ class TensorTrain(nn.Module, Noting):
         slopes[half:half] = [None] * len(between)
         return Prepared(features, slopes, law.predicted(centred, levels))
 
-    @torch.compiler.disable  # it would be compiled anew for every count
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As `nn.Module.compile`, but for the counting, which would be compiled anew for every count."""
+        # Here and not as a decorator, which imports the compiler: seconds, for everyone who imports this file.
+        self._count = torch.compiler.disable(self._count)  # type: ignore[method-assign]
+        super().compile(*args, **kwargs)
+
     @torch.no_grad()
     def _count(self, z: Tensor) -> None:
         """Note how many values lie outside the domain."""
