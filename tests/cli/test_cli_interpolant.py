@@ -175,7 +175,7 @@ def test_pictures(osmose):
         for more in ([], ["direction=backward", "--from", "drawn.npz"]):
             if more:
                 drawn(osmose, name, *words)
-                words = more
+                words = [*more, "--label", 1] if name == "images" else more
             answer = osmose("sample", name, *words, "--out", f"{name}.png", "--quiet")
             assert (answer.status, answer.err) == (0, "")
             with Image.open(f"{name}.png") as image:
@@ -311,7 +311,7 @@ def test_likelihood_of_a_run_that_begins_with_noise(osmose, exact):
     assert (stored["is_density"], stored["eps_error"], len(stored["terms"])) == (exact, None, 5)
     first = "-log2 of the density " if exact else "at most "
     assert answer.out.startswith(f"{first}{stored['bits_per_dim']:.4f} ± {stored['standard_error']:.4f} bits per dim")
-    assert "chain of 5 steps" in answer.out
+    assert "ODE of 5 steps" in answer.out
     assert ("17 levels" in answer.out) == (not exact)
     run = Run.open(Path(name))
     want = likelihood(run.model(torch.device("cpu")), run.config.data.load(), n=6, num_steps=5)

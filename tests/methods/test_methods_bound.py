@@ -447,7 +447,7 @@ def test_data_without_levels_have_no_bits(spec):
 def test_a_method_without_a_bound_says_which_have_one():
     from osmose.methods.base import GenerativeModel
 
-    with pytest.raises(UserError, match="ddpm: has no likelihood bound; ddpm, iddpm and edm have"):
+    with pytest.raises(UserError, match="ddpm: has no likelihood bound; ddpm, iddpm, edm, blackout"):
         GenerativeModel.bound(build(), Batch(torch.zeros(1, 1, 4, 4)), SampleDraws(0, 0, 1), lambda *_: None)
 
 
