@@ -112,7 +112,7 @@ def test_the_largest_count_may_be_given(tmp_path):
         (
             (3, 1),
             -2,
-            r"^counts:mine\.csv: .*\b3\b.*, column 'b': -2 is not valid: counts are whole numbers, at least 0",
+            r"^counts:mine\.csv: .*\b4\b.*, column 'b': -2 is not valid: counts are whole numbers, at least 0",
         ),
         ((0, 2), 1.5, "column 'c': 1.5 is not valid: counts are whole numbers"),
         ((7, 0), "nan", "line 9, column 'a': 'nan' is not a finite number"),

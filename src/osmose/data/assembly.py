@@ -126,7 +126,7 @@ def _require_counts(source: str, name: str, values: Tensor, most: int | None, co
         bad, reason = values > most, f"more than max_count={most}"
     if bool(bad.any()):
         index = bad.nonzero()[0].tolist()
-        where = f"row {index[0]}, column {columns[index[1]]!r}" if columns else f"{name} item {index}"
+        where = f"data row {index[0] + 1}, column {columns[index[1]]!r}" if columns else f"{name} item {index}"
         raise UserError(f"{source}: {where}: {float(values[tuple(index)]):.10g} is not valid: {reason}")
     largest = int(values.max())
     if largest > LARGEST_COUNT:
