@@ -28,7 +28,7 @@ ORIGIN = {"origin": "runs/other", "sha256": "0" * 64}
 STORED = StoredSource(**ORIGIN, count=40)
 
 
-def quiet(done, of):
+def quiet(done, of, state=None):
     pass
 
 

@@ -80,7 +80,7 @@ class Given:
         return self.noise
 
 
-def quiet(done, of):
+def quiet(done, of, state=None):
     pass
 
 
