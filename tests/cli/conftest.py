@@ -55,6 +55,15 @@ def runs(trained, tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def work(made, tmp_path, monkeypatch):
+    """A working directory with links to all that a file of tests has `made`."""
+    monkeypatch.chdir(tmp_path)
+    for path in made.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+@pytest.fixture
 def refused(osmose):
     """Run a command that must be refused: status 2, one line, nothing touched below the working directory."""
 

@@ -43,15 +43,6 @@ def made(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def work(made, tmp_path, monkeypatch):
-    """A working directory with links to those runs, and the arrays."""
-    monkeypatch.chdir(tmp_path)
-    for path in made.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    return tmp_path
-
-
 pytestmark = pytest.mark.usefixtures("work")
 
 

@@ -12,7 +12,7 @@ from osmose.errors import UserError
 from osmose.gaussian.draws import StepDraws
 from osmose.interpolants.bridge import GaussianBridge
 from osmose.methods.base import Batch
-from osmose.methods.interpolant import Bridge, BridgeConfig, _bends
+from osmose.methods.bridge import Bridge, BridgeConfig, _bends
 from osmose.networks.mlp import MLPConfig
 
 LINE = DataSpec(kind="points", shape=(1,))

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from osmose.acceleration.trajectories import Trajectories
 from osmose.data.dataset import DataSpec
-from osmose.data.pictures import has_picture, image_grid
-from osmose.errors import UserError
+from osmose.data.pictures import image_grid, require_picture
 from osmose.training import files
 
 #: Trajectories in the picture: rows of images, or paths of points over so many ends of others.
@@ -52,8 +51,7 @@ def picture_of(found: Tensor, labels: Sequence[str], spec: DataSpec) -> bytes:
     Raises:
         UserError: data that have no picture.
     """
-    if not has_picture(spec):
-        raise UserError(f"data of kind {spec.kind!r} and shape {spec.shape} have no picture; write .npz instead")
+    require_picture(spec)
     draw = _images if spec.kind == "image" else _paths
     buffer = io.BytesIO()
     draw(found, labels, spec).savefig(buffer, format="png")

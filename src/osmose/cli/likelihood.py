@@ -20,9 +20,9 @@ class Likelihood:
 
     Of interpolants and bridges that begin with noise it follows the ODE from the data to the noise: a density, or a
     bound through uniform noise where data have levels. Of others every step of the chain is scored once for every item,
-    so it costs as many network evaluations as the schedule has
-    steps. The number is an upper limit of the negative log-likelihood of the averaged weights, and holds for one number
-    of levels: digits have 17, 8-bit images 256. Writes likelihood.json and likelihood.png.
+    so it costs as many network evaluations as the schedule has steps. The number is an upper limit of the negative
+    log-likelihood of the averaged weights, and holds for one number of levels: digits have 17, 8-bit images 256. Writes
+    likelihood.json and likelihood.png.
     """
 
     model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder")]

@@ -64,12 +64,21 @@ def has_picture(spec: DataSpec) -> bool:
     return len(spec.shape) == 1 and spec.shape[0] >= 2
 
 
+def require_picture(spec: DataSpec) -> None:
+    """Refuse data that have no picture.
+
+    Raises:
+        UserError: naming their form, and what to write instead.
+    """
+    if not has_picture(spec):
+        raise UserError(f"data of kind {spec.kind!r} and shape {spec.shape} have no picture; write .npz instead")
+
+
 def picture(data: Tensor, spec: DataSpec, reference: Tensor | None = None) -> Image.Image:
     """The picture that suits the data's kind: a grid of images or a scatter of points.
 
     Raises:
         UserError: data that have no picture (one-dimensional points, other channel counts).
     """
-    if not has_picture(spec):
-        raise UserError(f"data of kind {spec.kind!r} and shape {spec.shape} have no picture; write .npz instead")
+    require_picture(spec)
     return image_grid(data, spec) if spec.kind == "image" else scatter(data, reference)

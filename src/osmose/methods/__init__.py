@@ -25,7 +25,7 @@ METHODS = Registry(
             "from noise or other data to the data, by ODE or SDE (Albergo et al. 2023)",
         ),
         "bridge": (
-            "osmose.methods.interpolant:BridgeConfig",
+            "osmose.methods.bridge:BridgeConfig",
             "the process of least energy from noise or other data to the data (Schroedinger bridge)",
         ),
         "gaussian": ("osmose.methods.gaussian_fit:GaussianConfig", "one Gaussian with the covariance of the data"),
