@@ -416,10 +416,7 @@ class _Learner:
         return sum(losses) / len(losses)
 
     def _part(self, first: int, items: int, total: int) -> tuple[Batch, StepDraws]:
-        spec = self.model.spec
-        x = torch.randn(items, *spec.shape, generator=torch.Generator().manual_seed(first)).to(self.device)
-        condition = torch.zeros(items, dtype=torch.int64, device=self.device) if self.model.config.conditional else None
-        batch = Batch(spec.encode(spec.decode(x)), condition)  # values that such data can have
+        batch = Batch.made(self.model.spec, items, self.model.config.conditional, self.device, first)
         return batch, StepDraws(0, 0, first, first + items, total, self.device)
 
     def _autocast(self) -> torch.autocast:

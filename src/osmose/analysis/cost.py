@@ -111,9 +111,7 @@ def seconds_per_step(model: GenerativeModel, training: TrainingConfig, repeats: 
     first = [0.0]
 
     def learn(items: int) -> None:
-        x = torch.randn(items, *spec.shape, generator=torch.Generator().manual_seed(0)).to(device)
-        condition = torch.zeros(items, dtype=torch.int64, device=device) if model.config.conditional else None
-        batch = Batch(spec.encode(spec.decode(x)), condition)  # values that such data can have
+        batch = Batch.made(spec, items, model.config.conditional, device)
         draws = StepDraws(0, 0, 0, items, items, device)
         made[:] = [(batch, draws)]
         with torch.autocast(device.type, torch.bfloat16, enabled=half), torch.set_grad_enabled(optimizer.by_gradient):

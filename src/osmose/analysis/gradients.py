@@ -59,9 +59,7 @@ def gradient_noise(
         torch.manual_seed(mix(seed, "dropout"))
         for step in range(warmup + batches):
             rows = order.indices(step)
-            labels = dataset.train_labels
-            condition = labels[rows].to(model.device) if model.config.conditional and labels is not None else None
-            batch = Batch(model.spec.encode(dataset.train[rows].to(model.device)), condition)
+            batch = Batch.of(dataset, "train", rows, model.config.conditional, model.device)
             draws = StepDraws(seed, step, 0, batch_size, batch_size, model.device)
             if step == warmup and not learned(model):
                 raise ValueError(f"the law of times has not been learned after {warmup} batches; give it more")

@@ -335,12 +335,10 @@ class _Sight:
 
     def _batches(self, model: GenerativeModel, device: torch.device | str) -> list[tuple[int, Batch]]:
         """The items in the model's units, and the number of the first of each batch."""
-        values, labels = self.dataset.part("train" if self.part == "train" else "held-out")
         batches = []
         for first in range(0, len(self.items), self.batch_size):
             rows = self.items[first : first + self.batch_size]
-            condition = labels[rows].to(device) if model.config.conditional and labels is not None else None
-            batches.append((first, Batch(model.spec.encode(values[rows].to(device)), condition)))
+            batches.append((first, Batch.of(self.dataset, self.part, rows, model.config.conditional, device)))
         return batches
 
 

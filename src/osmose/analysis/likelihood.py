@@ -113,7 +113,7 @@ def likelihood(
     """
     if part not in ("train", "held-out"):
         raise UserError(f"part: {part!r} is not valid: should be train or held-out")
-    items, labels = dataset.part("train" if part == "train" else "held-out")
+    items, _ = dataset.part(part)
     if len(items) < 2:
         raise UserError(f"part: {part!r} has {len(items)} item, and a standard error needs at least 2")
     if n is not None and not 2 <= n <= len(items):
@@ -131,8 +131,7 @@ def likelihood(
         with torch.inference_mode():
             for index, first in enumerate(range(0, len(chosen), batch_size)):
                 rows = chosen[first : first + batch_size]
-                condition = labels[rows].to(model.device) if model.config.conditional and labels is not None else None
-                batch = Batch(model.spec.encode(items[rows].to(model.device)), condition)
+                batch = Batch.of(dataset, part, rows, model.config.conditional, model.device)
 
                 def report(done: int, of: int, index: int = index) -> None:
                     if on_step is not None:

@@ -22,6 +22,14 @@ SOURCES = Registry(
         "npz": ("osmose.data.arrays:load_npz", "npz:PATH, images or points in a NumPy archive"),
         "csv": ("osmose.data.arrays:load_csv", "csv:PATH, points, one row each, with a header line"),
         "counts": ("osmose.data.arrays:load_counts", "counts:PATH, whole numbers from 0 on, a .csv or an .npz"),
+        "series": (
+            "osmose.data.series:load_series",
+            "series:PATH, time series with gaps, a .csv with a time in each row or an .npz",
+        ),
+        "process": (
+            "osmose.data.processes:load_process",
+            "process:NAME, simulated series at irregular times: ou, sine, cir, lorenz, predator-prey, sink",
+        ),
         "hub": ("osmose.data.hub:load_hub", "hub:NAME, a Hugging Face image data set (needs osmose[hub])"),
     },
 )

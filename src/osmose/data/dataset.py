@@ -18,6 +18,22 @@ from osmose.data import SOURCES
 from osmose.errors import UserError
 
 
+class SeriesForm(Config):
+    """What is known of series besides the shape of an item, (columns, longest length).
+
+    Times are float64, in the unit of the file; a missing value is NaN, and so is a time that an item does not have.
+    """
+
+    columns: tuple[str, ...] = Field(min_length=1)
+    time_column: str = "time"
+    id_column: str | None = None
+    unit: Literal["", "days", "hours", "minutes", "seconds"] = Field("", description="of dates; empty for numbers")
+    gap: float = Field(gt=0, description="median time between neighbours")
+    span: float = Field(gt=0, description="longest time that an item covers")
+    memory: float = Field(gt=0, description="time in which correlations within an item fall to 1/e, in training")
+    regular: bool = Field(description="whether nothing is missing, and all items have the same times")
+
+
 class DataSpec(Config):
     """The form of one data set: what an event looks like and how its units map to the model's.
 
@@ -32,6 +48,7 @@ class DataSpec(Config):
     scale: tuple[float, ...] = Field((1.0,), description="per channel (first axis of the event), or one for all")
     num_classes: int | None = Field(None, ge=1)
     start: DataSpec | None = Field(None, description="form of the data that samples begin with, if not noise")
+    series: SeriesForm | None = Field(None, description="of series: their columns and times")
     paired: bool = Field(False, description="each item belongs to one of the data that samples begin with")
 
     @model_validator(mode="after")
@@ -51,6 +68,8 @@ class DataSpec(Config):
             raise ValueError(f"shape {self.shape} is not that of the data to begin with, {self.start.shape}")
         if self.paired and self.start is None:
             raise ValueError("pairs need data to begin with")
+        if (self.kind == "series") != (self.series is not None):
+            raise ValueError("series, and they alone, have times")
         return self
 
     @property
@@ -81,6 +100,12 @@ class DataSpec(Config):
         affine = [(self.shift[i % len(self.shift)], self.scale[i % len(self.scale)]) for i in range(channels)]
         low, high = self.range
         return min((low - a) / b for a, b in affine), max((high - a) / b for a, b in affine)
+
+    def even_times(self, count: int) -> Tensor | None:
+        """Evenly spaced times of so many series of the longest length, float64 (count, L); None for other data."""
+        if self.series is None:
+            return None
+        return torch.linspace(0, self.series.span, self.shape[1], dtype=torch.float64).repeat(count, 1)
 
     def encode(self, x: Tensor) -> Tensor:
         """Data units (B, *shape), any dtype, to model units, float32."""
@@ -115,8 +140,10 @@ class DataSpec(Config):
         return self.range[0], self.step
 
     def _affine(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if tuple(x.shape[1:]) != self.shape:
-            raise UserError(f"data of shape {tuple(x.shape[1:])} given where the specification says {self.shape}")
+        # Series may be of any length: of an item, only the number of columns is fixed.
+        given = tuple(x.shape[1:])
+        if given != self.shape and not (self.kind == "series" and x.ndim == 3 and given[0] == self.shape[0]):
+            raise UserError(f"data of shape {given} given where the specification says {self.shape}")
         form = (-1,) + (1,) * (len(self.shape) - 1)
         return (
             torch.tensor(self.shift, device=x.device).view(form),
@@ -152,6 +179,7 @@ class Dataset:
         class_names: one per class, or None.
         full_sha256: of downsampled images, the hash of the images as they were read.
         start: the data that samples begin with, or None for noise.
+        train_times, held_out_times: of series, float64 (N, L); of others None.
     """
 
     source: str
@@ -164,15 +192,20 @@ class Dataset:
     class_names: tuple[str, ...] | None = None
     full_sha256: str | None = None
     start: Dataset | None = None
+    train_times: Tensor | None = None
+    held_out_times: Tensor | None = None
 
     @property
     def identity(self) -> DataIdentity:
         """Name, sizes, split and a hash over every value."""
         # Without `start`, whose own hash is taken in below: what a data set is does not depend on what it is for.
-        digest = hashlib.sha256(self.spec.model_dump_json(exclude={"start", "paired"}).encode())
+        digest = hashlib.sha256(self.spec.model_dump_json(exclude={"start", "paired", "series"}).encode())
+        if self.spec.series is not None:
+            digest.update(self.spec.series.model_dump_json().encode())
         if self.start is not None:
             digest.update(f"{self.start.identity.sha256} {self.paired}".encode())
-        for part in (self.train, self.held_out, self.train_labels, self.held_out_labels):
+        parts = (self.train, self.held_out, self.train_labels, self.held_out_labels)
+        for part in (*parts, self.train_times, self.held_out_times):
             if part is not None:
                 digest.update(str((tuple(part.shape), part.dtype)).encode())
                 digest.update(part.contiguous().numpy().data)
@@ -289,13 +322,19 @@ class Dataset:
         spec = self.spec.replace(levels=levels)
         return replace(self, spec=spec, train=nearest(self.train), held_out=nearest(self.held_out))
 
-    def part(self, name: Literal["train", "held-out"]) -> tuple[Tensor, Tensor | None]:
-        """Values and labels of one part."""
+    def part(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Values and labels of one part, train or held-out."""
         return (self.train, self.train_labels) if name == "train" else (self.held_out, self.held_out_labels)
+
+    def times(self, name: str) -> Tensor | None:
+        """Times of the series of one part, float64 (N, L); None for other data."""
+        return self.train_times if name == "train" else self.held_out_times
 
 
 #: Sources of images in files of their own, which can be resized, converted, or left out when they are broken.
 _IMAGE_FILES = ("folder", "hub")
+_SERIES = ("series",)
+_OF_SERIES = ("time_column", "id_column", "columns", "window", "stride")
 
 
 class DataConfig(Config):
@@ -313,6 +352,11 @@ class DataConfig(Config):
     start: str | None = Field(None, description="data that samples begin with, as `source`, read alike; noise if none")
     paired: bool = Field(False, description="item i of the data belongs to item i of `start`")
     max_count: int | None = Field(None, ge=1, description="largest count that can occur (counts); found in the data")
+    time_column: str | None = Field(None, description="of series; the first if not given")
+    id_column: str | None = Field(None, description="tells the series of one table apart")
+    columns: tuple[str, ...] | None = Field(None, description="of values, in this order; all that are left")
+    window: int | None = Field(None, ge=2, description="learn from windows of so many rows, not from whole series")
+    stride: int | None = Field(None, ge=1, description="rows between two windows; 1 unless memory would run out")
     held_out: float = Field(0.1, gt=0, lt=1, description="share held out where the data brings no test part")
     split_seed: int = Field(0, ge=0, lt=2**63, description="seed of the random split")
     skip_bad: bool = Field(False, description="leave out files that cannot be read instead of stopping")
@@ -339,6 +383,7 @@ class DataConfig(Config):
             ("channels", self.channels, _IMAGE_FILES),
             ("skip_bad", self.skip_bad or None, _IMAGE_FILES),
             ("max_count", self.max_count, ("counts",)),
+            *((name, getattr(self, name), _SERIES) for name in _OF_SERIES),
         ):
             if value is not None and not any(name in users for name in names):
                 wanted = " and ".join(f"{name}:" for name in users)

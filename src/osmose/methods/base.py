@@ -5,6 +5,7 @@ The trainer calls `loss`, everything downstream calls `sample`; neither knows wh
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -17,7 +18,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import Tensor, nn
 
 from osmose.configuration import Config
-from osmose.data.dataset import DataSpec
+from osmose.data.dataset import Dataset, DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import Draws, SampleDraws
 from osmose.methods import METHODS
@@ -47,11 +48,35 @@ class Batch:
         condition: classes, int64 (B,), or None.
         start: items of the data that samples begin with, in the units that the model has for them, (B, *event); None
             where that is noise.
+        times: of series, float64 (B, L) on the CPU, NaN at the end of shorter ones; x0 is NaN where nothing is known.
     """
 
     x0: Tensor
     condition: Tensor | None = None
     start: Tensor | None = None
+    times: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        dataset: Dataset,
+        part: str,
+        rows: Tensor,
+        conditional: bool,
+        device: torch.device | str,
+    ) -> Batch:
+        """Items of one part of a data set, train or held-out, int64 `rows` on the CPU, with their classes if a model is told them."""
+        items, labels = dataset.part(part)
+        times = dataset.times(part)
+        classes = labels[rows].to(device) if conditional and labels is not None else None
+        return cls(dataset.spec.encode(items[rows].to(device)), classes, times=None if times is None else times[rows])
+
+    @classmethod
+    def made(cls, spec: DataSpec, count: int, conditional: bool, device: torch.device | str, seed: int = 0) -> Batch:
+        """Items of the form of some data, with values that such data can have: for counting and timing."""
+        x = torch.randn(count, *spec.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+        classes = torch.zeros(count, dtype=torch.int64, device=device) if conditional else None
+        return cls(spec.encode(spec.decode(x)), classes, times=spec.even_times(count))
 
 
 @dataclass(frozen=True)
@@ -122,12 +147,14 @@ class Samples:
         nfe: network evaluations spent on each sample.
         seconds: wall time of the sampling alone.
         condition: the class of each sample, or None.
+        times: of series, float64 (n, L), NaN at the end of shorter ones, where data are NaN too; of others None.
     """
 
     data: Tensor
     nfe: int
     seconds: float
     condition: Tensor | None = None
+    times: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -206,11 +233,13 @@ class GenerativeModel(nn.Module, ABC):
         idle_parameters: whether some steps' losses leave some parameters without gradient, which data parallelism has
             to be told; the optimiser leaves such parameters as they are.
         takes_start: whether samples may begin with items of other data, instead of noise.
+        takes_gaps: whether it learns from series with missing values, at times of their own.
         most: how many different samples the model has, or None where there is no end.
     """
 
     idle_parameters: ClassVar[bool] = False
     takes_start: ClassVar[bool] = False
+    takes_gaps: ClassVar[bool] = False
     most: int | None = None
 
     @property
@@ -225,6 +254,11 @@ class GenerativeModel(nn.Module, ABC):
         if spec.start is not None and not self.takes_start:
             raise UserError(
                 f"start: samples of {config.kind} cannot begin with data; those of interpolant and bridge can"
+            )
+        if spec.series is not None and not (spec.series.regular or self.takes_gaps):
+            raise UserError(
+                f"method: {config.kind} needs items alike, and these series have gaps or times of their own; dspd and "
+                "cspd learn from them"
             )
         self.config, self.spec = config, spec
 
@@ -274,6 +308,37 @@ class GenerativeModel(nn.Module, ABC):
         raise UserError(
             f"start: samples of {self.config.kind} do not begin with data here: there is nothing to translate"
         )
+
+    def times_for(self, draws: Draws) -> Tensor | None:  # noqa: ARG002
+        """Times at which samples are drawn unless told otherwise, float64 (draws.count, L); None for no series."""
+        return None
+
+    def complete(
+        self,
+        known: Tensor,  # noqa: ARG002
+        times: Tensor | None,  # noqa: ARG002
+        draws: Draws,  # noqa: ARG002
+        sampling: SamplingConfig,  # noqa: ARG002
+        condition: Tensor | None,  # noqa: ARG002
+        on_step: Watch,  # noqa: ARG002
+    ) -> tuple[Tensor, int]:
+        """`generate`, given some of the values.
+
+        Args:
+            known: model units, (draws.count, *event), NaN where nothing is known.
+            times: of series, float64 (draws.count, L); None for others.
+            draws: the noise.
+            sampling: as in `generate`.
+            condition: as in `generate`.
+            on_step: as in `generate`.
+
+        Returns:
+            Whole samples, in which what stands at known values does not matter, and the evaluations spent on each.
+
+        Raises:
+            UserError: a model that cannot, or values that it cannot be told.
+        """
+        raise UserError(f"known: {self.config.kind} draws whole items; dspd, cspd and fdp fill in what is missing")
 
     def keep_starts(self, starts: Tensor) -> None:
         """Keep items to begin samples with that training does not see, for a model that takes any.
@@ -382,6 +447,8 @@ class GenerativeModel(nn.Module, ABC):
         batch_size: int | None = None,
         on_step: OnStep | None = None,
         start: Tensor | None = None,
+        known: Tensor | None = None,
+        times: Tensor | None = None,
         on_state: Watch | None = None,
         **options: Any,
     ) -> Iterator[Samples]:
@@ -403,6 +470,8 @@ class GenerativeModel(nn.Module, ABC):
                 raise UserError(
                     "condition: required (--label) with given items: the class of the data at their other end"
                 )
+        if known is not None or times is not None:
+            known, times = self._given(known, times, form, num_samples)
         batch_size = batch_size or max(1, min(256, 2**20 // self.spec.dimension))
         total = -(-num_samples // batch_size)
         for index, first in enumerate(range(0, num_samples, batch_size)):
@@ -419,16 +488,46 @@ class GenerativeModel(nn.Module, ABC):
             with torch.inference_mode(), _evaluating(self):
                 draws = SampleDraws(seed, first, count, self.device)
                 told = None if part is None else part.to(self.device)
-                if start is None:
-                    x, nfe = self.generate(draws, sampling, told, report)
-                else:
+                at = self.times_for(draws) if times is None else times[first : first + count]
+                values = None if known is None else known[first : first + count]
+                if start is not None:
                     given = start[first : first + count].to(self.device)
                     x, nfe = self.translate(given, draws, sampling, told, report)
+                elif values is None and at is None:
+                    x, nfe = self.generate(draws, sampling, told, report)
+                else:
+                    if values is None:
+                        assert at is not None
+                        values = torch.full((count, form.shape[0], at.shape[1]), math.nan)
+                    x, nfe = self.complete(form.encode(values.to(self.device)), at, draws, sampling, told, report)
                 data = form.decode(x).cpu()
-            yield Samples(data.clone(), nfe, time.perf_counter() - began, part)
+                if known is not None and values is not None:  # as they were, to the last digit
+                    data = torch.where(values.isnan(), data, values)
+            yield Samples(data.clone(), nfe, time.perf_counter() - began, part, at)
         for complaint in self.complaints():
             warnings.warn(complaint, stacklevel=2)
         self.report()  # the next samples have complaints of their own
+
+    def _given(
+        self, known: Tensor | None, times: Tensor | None, form: DataSpec, count: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Values and times for every sample, when they fit each other and the model."""
+        if times is not None:
+            if form.kind != "series":
+                raise UserError(f"times: given, and samples of {self.config.kind} are {form.kind}, which have none")
+            times = torch.as_tensor(times, dtype=torch.float64).expand(count, -1)
+        if known is None:
+            return None, times
+        known = torch.as_tensor(known, dtype=torch.float32)
+        length = form.shape[1:] if times is None else (times.shape[1],)
+        if tuple(known.shape) != (count, form.shape[0], *length):
+            right = (count, form.shape[0], *length)
+            raise UserError(f"known: shape {tuple(known.shape)} given for {count} samples; {right} is right")
+        if bool(known.isinf().any()):
+            raise UserError("known: holds infinity; what is not known is NaN")
+        if form.kind == "series" and times is None:
+            raise UserError("known: values of series need their times")
+        return known, times
 
     def _admitted(self, start: Tensor, form: DataSpec | None, count: int) -> Tensor:
         """Items to begin with, in the model's units, when there is one for each sample."""
@@ -454,8 +553,9 @@ class GenerativeModel(nn.Module, ABC):
             num_samples: how many.
             **options: `seed` (default 0), `condition` (int64 classes (n,), or one class for all), `batch_size`,
                 `on_step` (a callback of steps done and steps in all), `start` (items to translate, data units
-                (n, *event), of models between two data sets), and anything that the method's sampling
-                configuration holds: of Gaussian methods `num_steps`, `solver`, `spacing`, `clip`.
+                (n, *event), of models between two data sets), `known` (what is known of each sample, data units
+                (n, *event), NaN where nothing is), `times` (of series, (n, L) or (L,)), and anything that the method's
+                sampling configuration holds: of Gaussian methods `num_steps`, `solver`, `spacing`, `clip`.
 
         Raises:
             UserError: an option that is refused; the message says what would be right.
@@ -463,10 +563,11 @@ class GenerativeModel(nn.Module, ABC):
         parts = list(self.stream(num_samples, **options))
         conditions = [part.condition for part in parts if part.condition is not None]
         return Samples(
-            torch.cat([part.data for part in parts]),
+            _joined([part.data for part in parts]),
             parts[0].nfe,
             sum(part.seconds for part in parts),
             torch.cat(conditions) if conditions else None,
+            _joined([part.times for part in parts if part.times is not None]),
         )
 
     def trajectories(self, num_samples: int, *, most: int | None = None, **options: Any) -> SamplePaths:
@@ -526,6 +627,14 @@ class GenerativeModel(nn.Module, ABC):
                 f"condition: class {int(given[(given < 0) | (given >= classes)][0])} is not in 0..{classes - 1}"
             )
         return given
+
+
+def _joined(parts: list[Tensor]) -> Any:
+    """Batches end to end, those of shorter series filled up with NaN; None for none."""
+    if not parts:
+        return None
+    longest = max(part.shape[-1] for part in parts)
+    return torch.cat([nn.functional.pad(p, (0, longest - p.shape[-1]), value=math.nan) for p in parts])
 
 
 class OneShot(GenerativeModel):

@@ -9,6 +9,7 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -231,26 +232,23 @@ class Trainer:
 
     def _items(self) -> Iterator[Batch]:
         """The training part in batches, with its classes where there are any."""
-        labels = self.dataset.train_labels
         for part in torch.arange(len(self.dataset.train)).split(1024):
-            x0, classes = self._batch(part, None).x0, None if labels is None else labels[part].to(self.device)
-            yield Batch(x0, classes)
+            batch = Batch.of(self.dataset, "train", part, conditional=True, device=self.device)
+            yield batch
             if self.config.flip:  # it is trained on both
-                yield Batch(x0.flip(-1), classes)
+                yield replace(batch, x0=batch.x0.flip(-1))
 
     def _batch(self, items: Tensor, draws: StepDraws | None, starts: Tensor | None = None) -> Batch:
-        values = [self.run.config.spec.encode(self.dataset.train[items].to(self.device))]
+        batch = Batch.of(self.dataset, "train", items, self.run.config.method.conditional, self.device)
         if self.dataset.start is not None and starts is not None:
-            values.append(self.dataset.start.spec.encode(self.dataset.start.train[starts].to(self.device)))
+            start = self.dataset.start.spec.encode(self.dataset.start.train[starts].to(self.device))
+            batch = replace(batch, start=start)
         if draws is not None and self.config.flip:  # of pairs, both
-            mirrored = (draws.uniform() < 0.5).to(self.device).view(-1, *(1,) * (values[0].ndim - 1))
-            values = [torch.where(mirrored, x.flip(-1), x) for x in values]
-        return Batch(values[0], self._classes(self.dataset.train_labels, items), *values[1:])
-
-    def _classes(self, labels: Tensor | None, items: Tensor) -> Tensor | None:
-        if not self.run.config.method.conditional or labels is None:
-            return None
-        return labels[items].to(self.device)
+            mirrored = (draws.uniform() < 0.5).to(self.device).view(-1, *(1,) * (batch.x0.ndim - 1))
+            x0 = torch.where(mirrored, batch.x0.flip(-1), batch.x0)
+            begin = None if batch.start is None else torch.where(mirrored, batch.start.flip(-1), batch.start)
+            batch = replace(batch, x0=x0, start=begin)
+        return batch
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
@@ -332,7 +330,6 @@ def validation_batches(
 ) -> Iterator[tuple[Batch, StepDraws]]:
     """The held-out items that a run is validated on, in batches, with the randomness that each has every time."""
     held_out, training = dataset.held_out, config.training
-    labels = dataset.held_out_labels if config.method.conditional else None
     count, size = min(training.validation_items, len(held_out)), training.batch_size // training.accumulate
     items = torch.randperm(len(held_out), generator=seeded(config.seed, "validation"))[:count]
     begin = dataset.start
@@ -343,11 +340,11 @@ def validation_batches(
     for start in range(0, count, size):
         part = items[start : start + size]
         draws = StepDraws(config.seed, _VALIDATION, start, start + len(part), count, device)
-        x0 = config.spec.encode(held_out[part].to(device))
-        start_items = None
+        batch = Batch.of(dataset, "held-out", part, config.method.conditional, device)
         if begin is not None:
             start_items = begin.spec.encode(begin.held_out[starts[start : start + size]].to(device))
-        yield Batch(x0, None if labels is None else labels[part].to(device), start_items), draws
+            batch = replace(batch, start=start_items)
+        yield batch, draws
 
 
 def built(config: RunConfig) -> GenerativeModel:
