@@ -65,7 +65,7 @@ class Batch:
         conditional: bool,
         device: torch.device | str,
     ) -> Batch:
-        """Items of one part of a data set, train or held-out, int64 `rows` on the CPU, with their classes if a model is told them."""
+        """The items `rows` (int64, on the CPU) of a part, train or held-out, with their classes if a model is told."""
         items, labels = dataset.part(part)
         times = dataset.times(part)
         classes = labels[rows].to(device) if conditional and labels is not None else None
