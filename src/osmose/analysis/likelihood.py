@@ -30,7 +30,8 @@ class Likelihood:
         distortion: root mean square of x0 - x0_hat at each step, model units, float64 (K,); None where there is none.
         eps_error: mean square of eps - eps_hat at each step, float64 (K,), whose mean over t is L_simple; None where
             there is no Gaussian noise.
-        is_density: whether the numbers are -log2 of a density in the data's units.
+        is_density: whether the numbers are of a density in the data's units.
+        is_exact: whether they are -log2 of it, and no bound.
         conditions: part, n, num_steps, variance, clip, seed: what the numbers hold for.
     """
 
@@ -41,6 +42,7 @@ class Likelihood:
     distortion: Tensor | None
     eps_error: Tensor | None
     is_density: bool
+    is_exact: bool
     conditions: dict[str, Any]
 
     @property
@@ -72,6 +74,7 @@ class Likelihood:
             "transitions": float(self.terms[1:].sum()),
             "eps_error": None if self.eps_error is None else float(self.eps_error.mean()),
             "is_density": self.is_density,
+            "is_exact": self.is_exact,
             **self.conditions,
             "t": self.t.tolist(),
             "terms": self.terms.tolist(),
@@ -156,6 +159,7 @@ def likelihood(
         distortion=torch.cat(distances).mean(0).sqrt() if distances else None,
         eps_error=torch.cat(errors).mean(0) if errors else None,
         is_density=found[0].is_density,
+        is_exact=found[0].is_exact,
         conditions={
             "part": part,
             "n": len(chosen),

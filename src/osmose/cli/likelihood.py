@@ -85,7 +85,8 @@ class Likelihood:
             noise = [f"mean squared error of the noise, all t alike: {float(result.eps_error.mean()):.4f}"]
         bits = f"{result.bits:.4f} ± {result.standard_error:.4f} bits per dimension (standard error)"
         if result.is_density:
-            first = f"-log2 of the density {bits}, {c['n']} {c['part']} items, in the data's units"
+            sign = "" if result.is_exact else "at most "
+            first = f"-log2 of the density {sign}{bits}, {c['n']} {c['part']} items, in the data's units"
             guess = []
         else:
             first = f"at most {bits}, {c['n']} {c['part']} items, {c['levels']} levels"

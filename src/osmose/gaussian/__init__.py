@@ -9,6 +9,7 @@ SCHEDULES = Registry(
     {
         "linear": ("osmose.gaussian.schedule:LinearSchedule", "DDPM: beta from 1e-4 to 0.02 over T steps"),
         "cosine": ("osmose.gaussian.schedule:CosineSchedule", "improved DDPM: squared cosine, T steps"),
+        "vp": ("osmose.gaussian.schedule:VPSchedule", "score SDE: a rate from 0.1 to 20, in continuous time"),
         "ve": ("osmose.gaussian.schedule:VarianceExploding", "EDM: x0 plus noise of deviation 0.002 to 80"),
         "trig": ("osmose.gaussian.schedule:TrigSchedule", "TrigFlow: alpha = cos, sigma = sin"),
         "straight": ("osmose.gaussian.schedule:StraightSchedule", "flow matching: alpha = 1 - t, sigma = t"),

@@ -208,6 +208,43 @@ class CosineSchedule(_Tabulated):
         return (1 - abar[1:] / abar[:-1]).clamp(max=self.max_beta)
 
 
+class VPSchedule(Schedule):
+    """The variance-preserving SDE (arXiv 2011.13456): alpha^2 = exp(-B), sigma^2 = 1 - alpha^2, in continuous time.
+
+    B(t) = beta_min t + (beta_max - beta_min) t^2 / 2, the integral of a rate that rises linearly.
+    """
+
+    kind: Literal["vp"] = "vp"
+    beta_min: float = Field(0.1, gt=0)
+    beta_max: float = Field(20.0, gt=0)
+
+    def _integral(self, t: Tensor | float) -> Tensor:
+        t = as_time(t)
+        return self.beta_min * t + (self.beta_max - self.beta_min) * t.square() / 2
+
+    def _rate(self, t: Tensor | float) -> Tensor:
+        return self.beta_min + (self.beta_max - self.beta_min) * as_time(t)
+
+    def alpha(self, t: Tensor | float) -> Tensor:
+        return (-self._integral(t) / 2).exp()
+
+    def sigma(self, t: Tensor | float) -> Tensor:
+        return (-(-self._integral(t)).expm1()).sqrt()
+
+    def alpha_dot(self, t: Tensor | float) -> Tensor:
+        return -self._rate(t) / 2 * self.alpha(t)
+
+    def sigma_dot(self, t: Tensor | float) -> Tensor:
+        return self._rate(t) / 2 * (-self._integral(t)).exp() / self.sigma(t)
+
+    def time_of(self, log_snr: Tensor | float) -> Tensor:
+        # alpha^2 = sigmoid(log_snr), so B = softplus(-log_snr); B(t) is a parabola.
+        wanted = torch.nn.functional.softplus(-torch.as_tensor(log_snr, dtype=torch.float64), threshold=700)
+        slope = self.beta_max - self.beta_min
+        root = (self.beta_min**2 + 2 * slope * wanted).clamp(min=0).sqrt()
+        return (2 * wanted / (self.beta_min + root)).clamp(0, 1)
+
+
 class VarianceExploding(Schedule):
     """EDM (arXiv 2206.00364): alpha = 1 and sigma from sigma_min to sigma_max.
 

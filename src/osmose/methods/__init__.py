@@ -28,6 +28,14 @@ METHODS = Registry(
             "osmose.methods.bridge:BridgeConfig",
             "the process of least energy from noise or other data to the data (Schroedinger bridge)",
         ),
+        "dspd": (
+            "osmose.methods.stochastic_process:DSPDConfig",
+            "series at any times, by noise that is correlated in time, in steps (Bilos et al. 2023)",
+        ),
+        "cspd": (
+            "osmose.methods.stochastic_process:CSPDConfig",
+            "the same in continuous time, sampled by its flow",
+        ),
         "gaussian": ("osmose.methods.gaussian_fit:GaussianConfig", "one Gaussian with the covariance of the data"),
         "class-means": (
             "osmose.methods.gaussian_fit:ClassMeansConfig",

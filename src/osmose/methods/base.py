@@ -127,7 +127,8 @@ class BoundTerms:
             where nothing is estimated.
         eps_error: the same of Gaussian noise, before x0_hat was kept inside the data's range, float64 (n, K); None
             where there is none.
-        is_density: whether it is -log of a density in the data's units, and no bound.
+        is_density: whether it is of a density in the data's units, and not of levels.
+        is_exact: whether it is -log of that density, and no bound.
     """
 
     t: Tensor
@@ -136,6 +137,7 @@ class BoundTerms:
     x0_error: Tensor | None = None
     eps_error: Tensor | None = None
     is_density: bool = False
+    is_exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -371,7 +373,8 @@ class GenerativeModel(nn.Module, ABC):
             UserError: a method or data without such a bound; the message says why.
         """
         raise UserError(
-            f"{self.config.kind}: has no likelihood bound; ddpm, iddpm, edm, blackout, interpolant and bridge have"
+            f"{self.config.kind}: has no likelihood bound; ddpm, iddpm, edm, blackout, interpolant, bridge, dspd and "
+            "cspd have"
         )
 
     def regression(self, batch: Batch, draws: Draws) -> Regression:  # noqa: ARG002

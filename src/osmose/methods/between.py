@@ -364,4 +364,10 @@ class Between(GenerativeModel):
             )
         D = self.spec.dimension
         t = torch.linspace(0, 1, count + 1, dtype=torch.float64)
-        return BoundTerms((t[1:] + t[:-1]) / 2, shift - log_p.cpu() / D, -integrals.cpu() / D, is_density=step is None)
+        return BoundTerms(
+            (t[1:] + t[:-1]) / 2,
+            shift - log_p.cpu() / D,
+            -integrals.cpu() / D,
+            is_density=step is None,
+            is_exact=step is None,
+        )

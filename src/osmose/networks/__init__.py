@@ -17,3 +17,12 @@ NETWORKS = Registry(
     },
     PRESETS,
 )
+#: Networks for sets of (time, value).
+SERIES_NETWORKS = Registry(
+    "series network",
+    {
+        "transformer": ("osmose.networks.series:SeriesTransformerConfig", "attention among all times"),
+        "rnn": ("osmose.networks.series:SeriesRNNConfig", "recurrent in both directions, along the order of times"),
+        "cnn": ("osmose.networks.series:SeriesCNNConfig", "dilated convolutions along the order of times"),
+    },
+)

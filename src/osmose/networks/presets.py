@@ -45,7 +45,7 @@ def network_for(event_shape: tuple[int, ...]) -> dict[str, Any]:
     Raises:
         UserError: no network is known for such events.
     """
-    if len(event_shape) == 1:
+    if len(event_shape) < 3:  # points, and series that are all alike
         return {"kind": "mlp"}
     if len(event_shape) != 3:
         raise UserError(f"network: none is known for events of shape {event_shape}; name one with --network")

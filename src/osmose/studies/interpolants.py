@@ -424,6 +424,10 @@ class Interpolants(Study):
             panel.set(title=f"{family}: {metric}, ODE", xlabel="steps of Euler", xscale="log")
             panel.set(xticks=counts, xticklabels=map(str, counts))
             panel.minorticks_off()
-            log_scale(panel) if metric == "fd_clf" else panel.set_yscale("symlog", linthresh=5)
-            panel.legend(fontsize=7)
+            if metric == "fd_clf":
+                log_scale(panel)
+            else:  # unbiased, so that it may lie a little below 0
+                panel.set_yscale("symlog", linthresh=5)
+                panel.set_ylim(-4, 3e4)
+            panel.legend(fontsize=7, ncols=2)
         return {"epsilon": figure, "few-steps": few}

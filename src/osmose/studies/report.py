@@ -126,7 +126,8 @@ def _data(cell: Cell) -> str:
     if isinstance(cell.data, str):
         return cell.data
     small = f", downsample={cell.data.downsample}" if cell.data.downsample else ""
-    return f"{cell.data.source}{small}"
+    kind, _, place = cell.data.source.partition(":")  # a table that a study made lies in the temporary folder
+    return f"{kind}:{Path(place).name}{small}" if place.startswith("/") else f"{cell.data.source}{small}"
 
 
 def _source(cell: Cell) -> str:
