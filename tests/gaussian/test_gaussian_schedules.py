@@ -14,6 +14,7 @@ from osmose.gaussian.schedule import (
     StraightSchedule,
     TrigSchedule,
     VarianceExploding,
+    VPSchedule,
 )
 
 EVERY = [
@@ -21,6 +22,8 @@ EVERY = [
     LinearSchedule(num_steps=100),
     CosineSchedule(),
     CosineSchedule(num_steps=4000),
+    VPSchedule(),
+    VPSchedule(beta_min=20.0, beta_max=20.0),
     VarianceExploding(),
     VarianceExploding(sigma_min=0.1, sigma_max=3.0, rho=1.0),
     TrigSchedule(),
@@ -50,6 +53,13 @@ def test_linear_ends_almost_at_pure_noise():
     assert LinearSchedule(num_steps=100).alpha(1.0).item() ** 2 == pytest.approx(2.1e-5, rel=0.05)
     short_chain = LinearSchedule(num_steps=100, beta_start=4e-5, beta_end=0.018)
     assert short_chain.alpha(1.0).item() ** 2 == pytest.approx(6.6e-5, rel=0.02)
+
+
+def test_vp_is_the_limit_of_linear_betas():
+    t = torch.linspace(0.01, 1, 50, dtype=torch.float64)
+    fine = LinearSchedule(num_steps=100_000)
+    assert torch.allclose(VPSchedule().alpha(t), fine.alpha(t), rtol=2e-3)
+    assert float(VPSchedule().alpha(1.0)) == pytest.approx(math.exp(-10.05 / 2))
 
 
 @pytest.mark.parametrize("num_steps", [1000, 4000])

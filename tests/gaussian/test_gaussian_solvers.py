@@ -340,7 +340,8 @@ def test_sampling_eight_points_lands_on_them(kind, solver, spacing):
     if solver.kind == "ancestral" and solver.variance == "fixed_large":
         pytest.skip("leaves noise in the samples on short chains; covered by its variance")
     schedule = SCHEDULES.parse(kind)
-    grid = TimeGrid.of(schedule, 40, spacing)
+    # Of 40 even steps of `vp` the last begins at a noise of 0.12, from which points between two of the eight end there.
+    grid = TimeGrid.of(schedule, 100 if (kind, spacing) == ("vp", "even") else 40, spacing)
     generator = torch.Generator().manual_seed(0)
     noise = lambda: torch.randn(400, 2, generator=generator, dtype=torch.float64)  # noqa: E731
     x = last(solver.run(MixtureDenoiser(CIRCLE), noise() * schedule.prior_std, grid, noise))

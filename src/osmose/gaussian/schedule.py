@@ -240,6 +240,7 @@ class VPSchedule(Schedule):
     def time_of(self, log_snr: Tensor | float) -> Tensor:
         # alpha^2 = sigmoid(log_snr), so B = softplus(-log_snr); B(t) is a parabola.
         wanted = torch.nn.functional.softplus(-torch.as_tensor(log_snr, dtype=torch.float64), threshold=700)
+        wanted = wanted.clamp(max=2 * float(self._integral(1.0)))  # beyond t = 1, but not infinite
         slope = self.beta_max - self.beta_min
         root = (self.beta_min**2 + 2 * slope * wanted).clamp(min=0).sqrt()
         return (2 * wanted / (self.beta_min + root)).clamp(0, 1)

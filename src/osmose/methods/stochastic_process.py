@@ -126,7 +126,7 @@ class CSPDConfig(SeriesProcessConfig):
 
     kind: Literal["cspd"] = "cspd"
     schedule: ScheduleChoice = VPSchedule()
-    sampling: GaussianSampling = GaussianSampling(num_steps=25, solver=Heun())
+    sampling: GaussianSampling = GaussianSampling(num_steps=25, solver=Heun(), spacing="karras")
 
 
 @dataclass(frozen=True)

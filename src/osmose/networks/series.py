@@ -5,8 +5,8 @@ in the units of the data, which exist where `there` (B, L) is true, always a beg
 scale 0..1000, condition (B,) classes or None. It answers (B, outputs, L), 0 at the start of training and where nothing
 exists, and what does not exist has no influence on the rest.
 
-Times enter as sines and cosines of frequencies from one period in four spans up to one in two median gaps, and as the
-logarithm of the gap to the time before.
+Times enter as sines and cosines of frequencies from one period in four spans up to one in two median gaps; where the
+network goes by the order of the times, also as the logarithm of the gap to the time before.
 
 =========== =========================================================================================================
 transformer attention among all times; a permutation of the times permutes the answers
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -38,8 +38,13 @@ _FREQUENCIES = 16
 
 
 class SeriesNetworkConfig(Config, ABC):
-    """Describes a network for series independently of the data it will see."""
+    """Describes a network for series independently of the data it will see.
 
+    Attributes:
+        ordered: whether it goes by the order of the times.
+    """
+
+    ordered: ClassVar[bool] = True
     kind: str
     width: int = Field(64, ge=4, multiple_of=2)
     depth: int = Field(3, ge=1)
@@ -78,13 +83,13 @@ class SeriesNetwork(nn.Module):
     ):
         super().__init__()
         width = config.width
-        self.width, self.gap = width, gap
+        self.width, self.gap = width, gap if config.ordered else None
         low, high = math.pi / (2 * max(span, gap)), math.pi / gap
         frequencies = torch.logspace(math.log10(low), math.log10(high), _FREQUENCIES, dtype=torch.float64)
         self.register_buffer("frequencies", frequencies.float(), persistent=False)
         self.embed = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.classes = nn.Embedding(num_classes, width) if num_classes else None
-        self.stem = nn.Linear(inputs + 2 * _FREQUENCIES + 1, width)
+        self.stem = nn.Linear(inputs + 2 * _FREQUENCIES + config.ordered, width)
         self.layers = nn.ModuleList(config.layer(index) for index in range(config.depth))
         self.head = nn.Sequential(nn.LayerNorm(width), near_zero_(nn.Linear(width, outputs)))
 
@@ -96,12 +101,15 @@ class SeriesNetwork(nn.Module):
         if self.classes is not None and condition is not None:
             embedding = embedding + self.classes(condition)
         known = torch.where(there, times, 0.0)
-        gaps = torch.diff(known, dim=1, prepend=known[:, :1]).clamp(min=0)
-        # From the first time on and in float32: an hour is lost beside a date.
-        angle = (known - known[:, :1]).to(features.dtype)[..., None] * self.frequencies.to(features.dtype)
-        after = torch.log1p(gaps / self.gap).to(features.dtype)[..., None]
+        # From the earliest time on, and only then in float32: an hour is lost beside a date.
+        since = known - torch.where(there, times, math.inf).amin(1, keepdim=True)
+        angle = since.to(features.dtype)[..., None] * self.frequencies.to(features.dtype)
+        seen = [features.mT, angle.sin(), angle.cos()]
+        if self.gap is not None:
+            gaps = torch.diff(known, dim=1, prepend=known[:, :1]).clamp(min=0)
+            seen.append(torch.log1p(gaps / self.gap).to(features.dtype)[..., None])
         exists = there[..., None].to(features.dtype)
-        h = self.stem(torch.cat([features.mT, angle.sin(), angle.cos(), after], 2)) * exists
+        h = self.stem(torch.cat(seen, 2)) * exists
         for layer in self.layers:
             h = (h + layer(h, embedding, there)) * exists
         out: Tensor = self.head(h) * exists
@@ -124,6 +132,7 @@ class _Modulated(nn.Module):
 class SeriesTransformerConfig(SeriesNetworkConfig):
     """Attention among all times."""
 
+    ordered: ClassVar[bool] = False
     kind: Literal["transformer"] = "transformer"
     heads: int = Field(4, ge=1)
 
