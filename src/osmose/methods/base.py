@@ -521,6 +521,8 @@ class GenerativeModel(nn.Module, ABC):
             times = torch.as_tensor(times, dtype=torch.float64).expand(count, -1)
         if known is None:
             return None, times
+        if form.kind == "series" and times is None:
+            raise UserError("known: values of series need their times")
         known = torch.as_tensor(known, dtype=torch.float32)
         length = form.shape[1:] if times is None else (times.shape[1],)
         if tuple(known.shape) != (count, form.shape[0], *length):
@@ -528,8 +530,6 @@ class GenerativeModel(nn.Module, ABC):
             raise UserError(f"known: shape {tuple(known.shape)} given for {count} samples; {right} is right")
         if bool(known.isinf().any()):
             raise UserError("known: holds infinity; what is not known is NaN")
-        if form.kind == "series" and times is None:
-            raise UserError("known: values of series need their times")
         return known, times
 
     def _admitted(self, start: Tensor, form: DataSpec | None, count: int) -> Tensor:

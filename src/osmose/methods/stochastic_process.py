@@ -212,9 +212,10 @@ class SeriesProcess(GenerativeModel):
         config.kernel.factor(cast(Tensor, spec.even_times(1)))  # refuses what does not fit the times
         self.denoiser = NetworkDenoiser(_Whitened(config, spec), config.schedule, config.parametrization)
         self.times = config.times.build(config.schedule)
-        # Sets of times to draw samples at, filled up with 0; those of regular series are all alike.
+        # Sets of times to draw samples at, filled up with 0; those of regular series are all alike. Each time is the
+        # sum of two float32: not every device has float64.
         count = 1 if form.regular else _GRIDS
-        self.register_buffer("grids", torch.zeros(count, spec.shape[1], dtype=torch.float64))
+        self.register_buffer("grids", torch.zeros(count, spec.shape[1], 2))
         self.register_buffer("lengths", torch.full((count,), spec.shape[1]))
         try:
             self.sampling()
@@ -245,10 +246,8 @@ class SeriesProcess(GenerativeModel):
         self._network(batch.x0, torch.full((items,), 500.0, device=self.device), setting)
 
     def complaints(self) -> list[str]:
-        lengths = int(self.lengths[0])
-        warning = (
-            self.config.kernel.warning(self.grids[:1, :lengths].cpu()) if lengths > 1 and self.grids.any() else None
-        )
+        times = self._kept()[:1, : int(self.lengths[0])]
+        warning = self.config.kernel.warning(times) if bool(times.any()) else None
         return [*super().complaints(), *([warning] if warning else [])]
 
     def prepare(self, items: Iterable[Batch]) -> None:
@@ -274,7 +273,8 @@ class SeriesProcess(GenerativeModel):
         self._network.scale.copy_(torch.where(counts > 0, scale, 1.0)[:, None])
         every = torch.cat(kept)
         chosen = every[torch.linspace(0, len(every) - 1, len(self.grids)).round().long()]
-        self.grids.copy_(chosen.nan_to_num(0.0))
+        rough = chosen.nan_to_num(0.0).float()
+        self.grids.copy_(torch.stack([rough, (chosen.nan_to_num(0.0) - rough.double()).float()], 2))
         self.lengths.copy_(chosen.isfinite().sum(1))
 
     def loss(self, batch: Batch, draws: Draws) -> LossTerms:
@@ -359,9 +359,13 @@ class SeriesProcess(GenerativeModel):
     def _grid(self, sampling: GaussianSampling) -> TimeGrid:
         return TimeGrid.of(self.config.schedule, sampling.num_steps, sampling.spacing)
 
+    def _kept(self) -> Tensor:
+        """The sets of times, float64 on the CPU."""
+        return self.grids.cpu().double().sum(2)
+
     def times_for(self, draws: Draws) -> Tensor:
         index = (draws.branch("times").uniform() * len(self.grids)).long()
-        grids, lengths = self.grids.cpu()[index], self.lengths.cpu()[index]
+        grids, lengths = self._kept()[index], self.lengths.cpu()[index]
         return torch.where(torch.arange(grids.shape[1])[None] < lengths[:, None], grids, math.nan)
 
     def generate(
