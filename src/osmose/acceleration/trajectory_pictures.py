@@ -1,4 +1,4 @@
-"""Pictures of trajectories: rows of images from noise to data, or the paths of points."""
+"""Pictures of trajectories: rows of images from noise to data, series at each of them, or the paths of points."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def picture_of(found: Tensor, labels: Sequence[str], spec: DataSpec) -> bytes:
         UserError: data that have no picture.
     """
     require_picture(spec)
-    draw = _images if spec.kind == "image" else _paths
+    draw = {"image": _images, "series": _series}.get(spec.kind, _paths)
     buffer = io.BytesIO()
     draw(found, labels, spec).savefig(buffer, format="png")
     return buffer.getvalue()
@@ -72,6 +72,21 @@ def _images(found: Tensor, labels: Sequence[str], spec: DataSpec) -> Any:
     axes.set_axis_off()
     for index, label in enumerate(labels):
         figure.text((index + 0.5) / len(labels), 1 - margin / 2 / height, label, ha="center", va="center", fontsize=8)
+    return figure
+
+
+def _series(found: Tensor, labels: Sequence[str], spec: DataSpec) -> Any:  # noqa: ARG001
+    """A panel for each state, the first column of a few series, place by place."""
+    from matplotlib.figure import Figure
+
+    across = min(4, len(labels))
+    down = -(-len(labels) // across)
+    figure = Figure(figsize=(2.8 * across, 2 * down), dpi=110, layout="constrained")
+    for index, label in enumerate(labels):
+        axes = figure.add_subplot(down, across, index + 1)
+        axes.plot(found[:_ROWS, index, 0].T.numpy(), linewidth=0.8)
+        axes.set_title(label, fontsize=8)
+        axes.tick_params(labelsize=6)
     return figure
 
 

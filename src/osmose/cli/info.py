@@ -232,6 +232,13 @@ def _read_shape(text: str) -> tuple[int, ...]:
 
 
 def _form(spec: Any) -> str:
+    if spec.series is not None:
+        form, unit = spec.series, f" {spec.series.unit}" if spec.series.unit else ""
+        alike = "all alike, nothing missing" if form.regular else "times of their own, or values missing"
+        return (
+            f"series of {', '.join(form.columns)} at up to {spec.shape[1]} times, {form.gap:g}{unit} apart (median), "
+            f"{alike}; correlated over {form.memory:.3g}{unit}"
+        )
     shape = "x".join(map(str, spec.shape))
     levels = f", {spec.levels} levels" if spec.levels else ""
     return f"{spec.kind} {shape}" + (

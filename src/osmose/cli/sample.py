@@ -33,13 +33,16 @@ class Sample:
     --trajectory writes how samples come about: a .png with some states of each, or an .npz with all `states`
     (n, states, ...) in the model's units from the beginning to the sample, the steps `done` at each, and the `shift`
     and `scale` of the data's own units, states scale + shift.
+
+    Series are drawn at the times of training items, or at --times; a .csv has a row for each time of each, with its
+    number in the column `sample`.
     """
 
     model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder")]
     num: Annotated[
         int | None, arg(aliases=["-n"], help="how many samples; 64 if not given, or as many as --from holds")
     ] = None
-    out: Annotated[Path, arg(help="where to write: .png, .jpg, .webp or .npz")] = Path("samples.png")
+    out: Annotated[Path, arg(help="where to write: .png, .jpg, .webp or .npz; .csv of series")] = Path("samples.png")
     steps: Annotated[int | None, arg(help="solver steps; the method's own number if not given")] = None
     solver: Annotated[str | None, arg(help="of the method: ddim, dpmpp-2m, bridge, euler ..., see the README")] = None
     t_mid: Annotated[
@@ -48,6 +51,9 @@ class Sample:
     from_: Annotated[
         Path | None,
         arg(name="from", metavar="FILE", help="items to translate: .npz, .csv or an image (interpolant, bridge)"),
+    ] = None
+    times: Annotated[
+        str | None, arg(metavar="T,T,...|FROM:TO:COUNT", help="times of series; those of training items if not given")
     ] = None
     trajectory: Annotated[bool, arg(help="write how samples come about, step by step")] = False
     label: Annotated[
@@ -66,13 +72,14 @@ class Sample:
 
         from osmose.cli.arrays import write_stream
         from osmose.cli.devices import device
+        from osmose.cli.tables import read_times, write_series
         from osmose.data.pictures import picture
         from osmose.training import files
         from osmose.training.run import Run
 
         suffix = self.out.suffix.lower()
-        if suffix not in (*_PICTURES, ".npz"):
-            raise UserError(f"--out: {self.out} is not valid: should end in .npz, {', '.join(_PICTURES)}")
+        if suffix not in (*_PICTURES, ".npz", ".csv"):
+            raise UserError(f"--out: {self.out} is not valid: should end in .npz, .csv, {', '.join(_PICTURES)}")
         if self.out.is_dir():
             raise UserError(f"--out: {self.out} is a folder")
         model = Run.open(self.model).model(device(self.device))
@@ -80,11 +87,15 @@ class Sample:
         options = sampling_options(self.overrides, num_steps=self.steps, solver=self.solver, t_mid=mids)
         begin, form = model.ends(model.sampling(**options))  # refuses before anything is created
         start = None if self.from_ is None else self._items(begin, model.config.kind)
+        if suffix == ".csv" and form.series is None:
+            raise UserError(f"--out: {self.out} is not valid: .csv is for series; write {form.kind} to an .npz")
         num = (64 if start is None else len(start)) if self.num is None else self.num
         if suffix != ".npz" and num > _MOST_IN_PICTURE:
             raise UserError(f"--num: {num} samples do not fit in a picture; write them to an .npz")
         asked = {"seed": self.seed, "condition": self.label, "batch_size": self.batch_size, **options}
         asked["start"] = None if start is None else start[:num]
+        if self.times is not None:
+            asked["times"] = read_times(self.times)
         if self.trajectory:
             return self._trajectories(model, suffix, num, form, asked)
         with quiet_warnings(), sampling_bar("sampling", not (self.quiet or self.json)) as on_step:
@@ -93,10 +104,21 @@ class Sample:
                 nfe, seconds = write_stream(self.out, parts, num, form)
             else:
                 drawn = list(parts)
-                image = picture(torch.cat([part.data for part in drawn]), form)
                 nfe, seconds = drawn[0].nfe, sum(part.seconds for part in drawn)
+                data = torch.cat([part.data for part in drawn])
+                at = None if drawn[0].times is None else torch.cat([p.times for p in drawn if p.times is not None])
+                if suffix == ".csv":
+                    assert form.series is not None
+                    at = form.even_times(num) if at is None else at
+                    assert at is not None
+                    write_series(self.out, data, at, form.series)
+                    return self._result(num, nfe, seconds)
+                image = picture(data, form, times=at)
                 with files.replacing(self.out) as temporary:
                     image.save(temporary, format="jpeg" if suffix in (".jpg", ".jpeg") else suffix[1:])
+        return self._result(num, nfe, seconds)
+
+    def _result(self, num: int, nfe: int, seconds: float) -> Result:
         values = {"out": str(self.out), "n": num, "nfe": nfe, "seconds": round(seconds, 3), "seed": self.seed}
         rate = f"{num / seconds:.1f} samples/s" if seconds else ""
         return Result(

@@ -30,6 +30,10 @@ _SAID = {
     "levels": "data.levels",
     "max_count": "data.max_count",
     "skip_bad": "data.skip_bad",
+    "time_column": "data.time_column",
+    "id_column": "data.id_column",
+    "columns": "data.columns",
+    "window": "data.window",
     "seed": "seed",
     "steps": "training.steps",
     "batch_size": "training.batch_size",
@@ -74,6 +78,10 @@ class Train:
     levels: Annotated[int | None, arg(help="bring values to so many levels of their range; 2: black-white")] = None
     max_count: Annotated[int | None, arg(help="largest count that can occur (counts:); found in the data")] = None
     skip_bad: Annotated[bool, arg(help="leave out images that cannot be read")] = False
+    time_column: Annotated[str | None, arg(help="of series: the column of times; the first")] = None
+    id_column: Annotated[str | None, arg(help="of series: the column that tells them apart")] = None
+    columns: Annotated[str | None, arg(metavar="NAME,...", help="of series: columns of values; all")] = None
+    window: Annotated[int | None, arg(help="of series: learn from windows of so many rows")] = None
     init: Annotated[
         Path | None,
         arg(metavar="RUN0", help="a trained diffusion to begin with (sct, ect), and its data"),
@@ -110,6 +118,8 @@ class Train:
     def _changes(self) -> dict[str, Any]:
         """What was said, by the names that config.json uses (`network.` there stands under `method.`)."""
         said = {path: getattr(self, name) for name, path in _SAID.items()}
+        if self.columns is not None:
+            said["data.columns"] = [name.strip() for name in self.columns.split(",")]
         overrides = {name.removeprefix("method."): value for name, value in self.overrides.items()}
         return {k: v for k, v in said.items() if v is not None and v is not False} | overrides
 

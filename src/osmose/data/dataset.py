@@ -32,6 +32,7 @@ class SeriesForm(Config):
     span: float = Field(gt=0, description="longest time that an item covers")
     memory: float = Field(gt=0, description="time in which correlations within an item fall to 1/e, in training")
     regular: bool = Field(description="whether nothing is missing, and all items have the same times")
+    from_first: bool = Field(False, description="times of an item count from its first")
 
 
 class DataSpec(Config):

@@ -1,4 +1,4 @@
-"""Pictures of data: a grid of images, a scatter of points."""
+"""Pictures of data: a grid of images, a scatter of points, lines of series."""
 
 from __future__ import annotations
 
@@ -57,11 +57,51 @@ def scatter(data: Tensor, reference: Tensor | None = None) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
+#: Series, and columns of them, in a picture.
+_LINES, _PANELS = 24, 9
+
+
+def lines(
+    data: Tensor,
+    times: Tensor,
+    spec: DataSpec,
+    reference: Tensor | None = None,
+    reference_times: Tensor | None = None,
+) -> Image.Image:
+    """Series (n, C, L) at their times (n, L), a panel for each column, over real ones in grey."""
+    from matplotlib.figure import Figure
+
+    assert spec.series is not None
+    names = spec.series.columns[:_PANELS]
+    across = min(3, len(names))
+    down = math.ceil(len(names) / across)
+    figure = Figure(figsize=(4.2 * across, 2.8 * down), dpi=110, layout="constrained")
+    for index, name in enumerate(names):
+        axes = figure.add_subplot(down, across, index + 1)
+        for values, at, color, label in (
+            (reference, reference_times, "0.75", "real"),
+            (data, times, "tab:blue", "generated"),
+        ):
+            for item in range(0 if values is None or at is None else min(_LINES, len(values))):
+                assert values is not None
+                assert at is not None
+                known = values[item, index].isfinite()
+                shown = label if item == 0 else None
+                axes.plot(at[item, known], values[item, index, known], c=color, linewidth=0.8, alpha=0.8, label=shown)
+        axes.set_title(name, fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.set_xlabel(spec.series.unit or "time", fontsize=7)
+    figure.axes[0].legend(fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
+
+
 def has_picture(spec: DataSpec) -> bool:
     """Whether `picture` can show data of this form."""
     if spec.kind == "image":
         return spec.shape[0] in (1, 3) and spec.range is not None
-    return len(spec.shape) == 1 and spec.shape[0] >= 2
+    return spec.kind == "series" or (len(spec.shape) == 1 and spec.shape[0] >= 2)
 
 
 def require_picture(spec: DataSpec) -> None:
@@ -74,11 +114,29 @@ def require_picture(spec: DataSpec) -> None:
         raise UserError(f"data of kind {spec.kind!r} and shape {spec.shape} have no picture; write .npz instead")
 
 
-def picture(data: Tensor, spec: DataSpec, reference: Tensor | None = None) -> Image.Image:
-    """The picture that suits the data's kind: a grid of images or a scatter of points.
+def picture(
+    data: Tensor,
+    spec: DataSpec,
+    reference: Tensor | None = None,
+    times: Tensor | None = None,
+    reference_times: Tensor | None = None,
+) -> Image.Image:
+    """The picture that suits the data's kind: a grid of images, a scatter of points, lines of series.
+
+    Args:
+        data: data units, (n, *event).
+        spec: of the data.
+        reference: real items to show besides, where that helps.
+        times, reference_times: of series, (n, L); even ones if None.
 
     Raises:
         UserError: data that have no picture (one-dimensional points, other channel counts).
     """
     require_picture(spec)
+    if spec.kind == "series":
+        count = 0 if reference is None else len(reference)
+        times = spec.even_times(len(data)) if times is None else times
+        reference_times = spec.even_times(count) if reference_times is None else reference_times
+        assert times is not None
+        return lines(data, times, spec, reference, reference_times)
     return image_grid(data, spec) if spec.kind == "image" else scatter(data, reference)

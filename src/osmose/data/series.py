@@ -261,7 +261,8 @@ def series_dataset(source: str, config: DataConfig, table: SeriesTable) -> Datas
         stride = config.stride or _stride(parts, config.window, len(table.columns))
         train, held_out = ([s for part in parts for s in part[k].cut(stride)] for k in (0, 1))
         split = f"windows of the last {config.held_out:.2%} of the rows of each series"
-    return assembled(source, table, _stacked(train), _stacked(held_out), split)
+    from_first = bool(table.unit) or config.window is not None
+    return assembled(source, table, _stacked(train), _stacked(held_out), split, from_first)
 
 
 @dataclass(frozen=True)
@@ -345,7 +346,9 @@ def _stacked(items: Sequence[Series]) -> Arrays:
     return Arrays(torch.from_numpy(values), torch.from_numpy(times))
 
 
-def assembled(source: str, table: SeriesTable, train: Arrays, held_out: Arrays, split: str) -> Dataset:
+def assembled(
+    source: str, table: SeriesTable, train: Arrays, held_out: Arrays, split: str, from_first: bool = False
+) -> Dataset:
     """A data set of two parts, scaled by the training part alone.
 
     Args:
@@ -353,6 +356,7 @@ def assembled(source: str, table: SeriesTable, train: Arrays, held_out: Arrays, 
         table: gives the names and the unit; its series are not looked at.
         train, held_out: the parts.
         split: how the second was chosen, in words.
+        from_first: whether times of an item count from its first.
 
     Raises:
         UserError: a column that is constant or empty in the training part.
@@ -380,6 +384,7 @@ def assembled(source: str, table: SeriesTable, train: Arrays, held_out: Arrays, 
         gap=float(gaps[gaps.isfinite()].median()),
         span=float(torch.nan_to_num(train.times - train.times[:, :1], nan=0.0).max()),
         memory=_memory(wide, train.times),
+        from_first=from_first,
         regular=_regular(train) and _regular(held_out) and torch.equal(train.times[0], held_out.times[0]),
     )
     return Dataset(

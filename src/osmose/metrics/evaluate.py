@@ -16,6 +16,7 @@ from osmose.metrics.measures import ON_FEATURES, ON_PROBABILITIES, ON_VALUES, Me
 from osmose.metrics.real import Part, RealSets, draw_real, embed_real
 from osmose.metrics.score import Score, table
 from osmose.metrics.scorecard import Scorecard, Sides
+from osmose.metrics.series import evened, on_grid, roughness
 
 __all__ = ["Score", "metric_names", "score_samples", "table"]
 
@@ -43,6 +44,8 @@ def metric_names(spec: DataSpec, features: FeatureNetwork | None) -> dict[str, s
     if features is not None and features.suffix == "clf":
         names |= {"score": "clf_score", "conf": "conf", "class_tv": "class_tv", "label_clf": "label_clf"}
     names |= {key: key for key in ("sw2", "energy", "nn_ratio")}
+    if spec.kind == "series":
+        names |= {"roughness": "roughness"}
     if spec.kind != "image":
         names |= {key: key for key in ("mmd", "prec_raw", "rec_raw")}
     return names
@@ -58,6 +61,7 @@ def score_samples(
     labels: Tensor | None = None,
     seed: int = 0,
     metrics: Sequence[str] | None = None,
+    times: Tensor | None = None,
 ) -> list[Score]:
     """Compare n samples with as many real items.
 
@@ -75,12 +79,20 @@ def score_samples(
         labels: class of each sample where the model was told one, int64 (n,); adds `label_clf`, the share that the
             classifier agrees with.
         seed: of all random choices.
+        times: of samples of series, float64 (n, L); those with times of their own are brought to one grid first, and
+            samples with missing values are.
         metrics: names to compute (`metric_names`); None computes all that can be, and says in the notes what cannot.
 
     Raises:
         UserError: samples of the wrong shape, units or with NaN; samples that are the reference itself; a metric asked
             for by name that does not exist or cannot be computed (n <= d, no Inception weights).
     """
+    as_drawn = (samples, times, dataset)
+    if dataset.spec.series is not None and not dataset.spec.series.regular:
+        if times is None:
+            raise UserError(f"times: samples of {dataset.source} are series with times of their own; give them")
+        dataset, grid = evened(dataset)
+        samples = on_grid(samples, times, grid)
     spec = dataset.spec
     samples = admit(samples, spec)
     n, m = len(samples), num_real if num_real is not None else len(samples)
@@ -98,6 +110,7 @@ def score_samples(
     sides = Sides.of(samples, real.items, real).at_most(VALUE_ITEMS, seed)
     card.add(ON_VALUES, sides.map(lambda x: spec.encode(x).flatten(1)))
     _add_neighbours(card, samples, dataset, seed)
+    _add_roughness(card, *as_drawn, reference)
 
     found = real.reference.stop
     notes = [real.note] if real.note else []
@@ -180,6 +193,22 @@ def _add_features(
         return share(right, n), float((sides.y.argmax(dim=1) == real.labels[real.reference]).double().mean())
 
     card.put("label_clf", agreement, "higher", n, len(sides.y), network)
+
+
+def _add_roughness(card: Scorecard, samples: Tensor, times: Tensor | None, dataset: Dataset, reference: Part) -> None:
+    """How rough series are beside real ones, each at its own times; the floor is that of the other part."""
+    form = dataset.spec.series
+    if form is None:
+        return
+    other: Part = "held-out" if reference == "train" else "train"
+    at = dataset.times("train")[:1].expand(len(samples), -1) if times is None else times  # type: ignore[index]
+    real, floor = ((dataset.part(part)[0], dataset.times(part)) for part in (reference, other))
+
+    def compute() -> tuple[Measured, float | None]:
+        value = roughness(samples, at, *real, form.gap)  # type: ignore[arg-type]
+        return Measured(value), roughness(*floor, *real, form.gap)  # type: ignore[arg-type]
+
+    card.put("roughness", compute, "one", len(samples), len(real[0]))
 
 
 def _add_neighbours(card: Scorecard, samples: Tensor, dataset: Dataset, seed: int) -> None:

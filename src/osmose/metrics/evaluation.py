@@ -117,6 +117,7 @@ def evaluate_run(
         reference=reference,  # type: ignore[arg-type]
         features=features,  # type: ignore[arg-type]
         labels=samples.condition,
+        times=samples.times,
         seed=seed,
         metrics=metrics,
     )

@@ -271,8 +271,10 @@ class Trainer:
         with self.ema.applied():
             with warnings.catch_warnings():  # validation says what there is to complain of
                 warnings.simplefilter("ignore")
-                samples = self.model.sample(self.config.preview_samples, seed=self.seed).data
-            grid = picture(samples, self.run.config.spec, self.dataset.train[:2000])
+                samples = self.model.sample(self.config.preview_samples, seed=self.seed)
+            real, at = self.dataset.train[:2000], self.dataset.train_times
+            at = None if at is None else at[:2000]
+            grid = picture(samples.data, self.run.config.spec, real, samples.times, at)
             with files.replacing(path) as temporary:
                 grid.save(temporary, format="png")
             self.progress.note(f"samples: {path}")
