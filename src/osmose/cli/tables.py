@@ -147,7 +147,7 @@ def write_filled(path: Path, table: SeriesTable, filled: dict[str, Filled]) -> N
             values = series.values
             if series.name in filled:
                 found = filled[series.name]
-                median = found.samples.double().median(dim=0).values.T.numpy()
+                median = found.samples.double().quantile(0.5, dim=0).T.numpy()
                 values = torch.where(found.values.T.isnan(), torch.from_numpy(median), torch.from_numpy(values)).numpy()
             for time, row in zip(series.times, values, strict=True):
                 start = [series.name] if table.id_column else []
@@ -188,7 +188,7 @@ def fan_chart(
                 for run in _runs(gaps):
                     # From the last known value on, so that nothing is between the two.
                     axes.fill_between(times[run], *band[:, run].numpy(), color="tab:blue", alpha=alpha, linewidth=0)
-            median = samples.median(dim=0).values
+            median = samples.quantile(0.5, dim=0)
             for number, run in enumerate(_runs(gaps)):
                 axes.plot(times[run], median[run], c="tab:blue", linewidth=1.2, label=None if number else "median")
             if index < len(truth):

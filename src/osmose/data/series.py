@@ -1,11 +1,11 @@
 """Time series that a user brings: tables with a time in each row, gaps and missing values allowed.
 
-Stated rules. The time column is the first, unless another is named; it holds numbers, or ISO dates, which become
-numbers of the largest unit (days, hours, minutes, seconds) that fits into the median gap. Rows may stand in any order,
-and are sorted within each series; two rows of one series with one time are refused. An empty cell, NaN and NA are a
-missing value. Without a window every series is one item; with one, items are windows of so many rows, and the last rows
-of each series are held out, so that no window of the training part knows of them. Times of windows and of dates count
-from their item's first; numbers of whole series stay as they are.
+Stated rules. The time column is the first (besides that of ids), unless another is named; it holds numbers, or ISO
+dates, which become numbers of the largest unit (days, hours, minutes, seconds) that fits into the median gap. Rows
+may stand in any order, and are sorted within each series; two rows of one series with one time are refused. An empty
+cell, NaN and NA are a missing value. Without a window every series is one item; with one, items are windows of so
+many rows, and the last rows of each series are held out, so that no window of the training part knows of them. Times
+of windows and of dates count from their item's first; numbers of whole series stay as they are.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def read_table(
 
     Args:
         path: the file.
-        time_column: the first column if None.
+        time_column: the first column that is not `id_column` if None.
         id_column: tells series apart; one series if None.
         columns: of values, in this order; all that are left if None.
         unit: of dates; found in the data if None.
@@ -111,9 +111,10 @@ def read_table(
     if not source.lower().endswith((".csv", ".csv.gz")):
         raise UserError(f"{source}: should end in .csv, .csv.gz or .npz")
     header, rows = _rows(path)
-    time_column = _column(source, "time_column", time_column or header[0], header)
     if id_column is not None:
         _column(source, "id_column", id_column, header)
+    time_column = time_column or next(name for name in header if name != id_column)
+    _column(source, "time_column", time_column, header)
     others = [name for name in header if name not in (time_column, id_column)]
     names = others if columns is None else [_column(source, "columns", name, others) for name in columns]
     if not names:
@@ -485,7 +486,7 @@ def _checked(source: str, key: str, values: np.ndarray, times: np.ndarray) -> Ar
     if np.isinf(values).any() or np.isinf(times).any():
         raise UserError(f"{source}: {key!r} or its times hold infinity; a missing value is NaN")
     x = torch.from_numpy(values.astype(np.float32))
-    t = torch.from_numpy(np.ascontiguousarray(np.broadcast_to(times.astype(np.float64), (len(x), x.shape[2]))))
+    t = torch.from_numpy(np.array(np.broadcast_to(times.astype(np.float64), (len(x), x.shape[2]))))
     wrong = (t.diff(dim=1) <= 0).nonzero()
     if len(wrong):
         row, place = (int(v) for v in wrong[0])

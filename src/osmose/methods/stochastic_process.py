@@ -71,8 +71,9 @@ Task = Literal["generate", "forecast", "impute", "any"]
 
 #: Sets of times that a run keeps, to draw samples at.
 _GRIDS = 256
-#: Least deviation of what is known of a column, in deviations of the training part: a flat stretch is not blown up.
-_LEAST = 0.01
+#: Added to the deviation of what is known of a column, in deviations of the training part: a flat stretch is not blown
+#: up, and does not drown all others in the loss.
+_LEAST = 0.05
 #: Times between which the ODE of the density runs, its steps, and the values up to which its divergence is exact.
 _CAP, _STEPS, _EXACT = 1e-4, 100, 16
 
@@ -333,7 +334,7 @@ class SeriesProcess(GenerativeModel):
             some = count.clamp(min=1)
             shift = values.sum(2, keepdim=True) / some
             spread = (torch.where(seen, values - shift, 0.0).square().sum(2, keepdim=True) / some).sqrt()
-            scale = torch.where(count > 0, spread.clamp(min=_LEAST), 1.0)
+            scale = torch.where(count > 0, (spread.square() + _LEAST**2).sqrt(), 1.0)
             values = torch.where(seen, (values - shift) / scale, 0.0)
         factor = self.config.kernel.factor(times, hidden, known, pinned=self.config.pinned)
         dtype = x0.dtype

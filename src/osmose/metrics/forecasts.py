@@ -69,7 +69,7 @@ def forecast_scores(paths: Tensor, truth: Tensor, last: Tensor, scale: Tensor) -
         raise UserError("paths: hold NaN or infinity")
     known = truth.isfinite()
     y, size = truth[known].double(), truth[known].double().abs()
-    median, mean = paths.double().median(dim=1).values[known], paths.double().mean(1)[known]
+    median, mean = paths.double().quantile(0.5, dim=1)[known], paths.double().mean(1)[known]
     whole = known.all(1)  # times at which all columns are known
     total = torch.where(whole, truth.nan_to_num().sum(1), torch.nan)
     scores = {
