@@ -158,7 +158,7 @@ class Info:
         return Result(
             {"spec": spec.to_json(), "identity": identity.to_json()},
             lines,
-            f"osmose train {'blackout' if source.startswith('counts:') else 'ddpm'} --data {source} --out RUN",
+            f"osmose train {_method_for(dataset.spec, source)} --data {source} --out RUN",
         )
 
 
@@ -229,6 +229,13 @@ def _read_shape(text: str) -> tuple[int, ...]:
             f"--shape: {text!r} is not valid: write channels,height,width (3,32,32), or a number for points"
         )
     return tuple(map(int, sides))
+
+
+def _method_for(spec: Any, source: str) -> str:
+    """A method to begin with."""
+    if spec.series is not None:
+        return "dspd"
+    return "blackout" if source.startswith("counts:") else "ddpm"
 
 
 def _form(spec: Any) -> str:

@@ -311,8 +311,13 @@ class GenerativeModel(nn.Module, ABC):
             f"start: samples of {self.config.kind} do not begin with data here: there is nothing to translate"
         )
 
-    def times_for(self, draws: Draws) -> Tensor | None:  # noqa: ARG002
-        """Times at which samples are drawn unless told otherwise, float64 (draws.count, L); None for no series."""
+    def given_for(self, draws: Draws) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
+        """What series are drawn given, unless told otherwise; None for other data.
+
+        Returns:
+            Known values in the model's units, (draws.count, C, L), NaN where nothing is known, and times, float64
+            (draws.count, L), NaN at the end of shorter series.
+        """
         return None
 
     def complete(
@@ -491,20 +496,23 @@ class GenerativeModel(nn.Module, ABC):
             with torch.inference_mode(), _evaluating(self):
                 draws = SampleDraws(seed, first, count, self.device)
                 told = None if part is None else part.to(self.device)
-                at = self.times_for(draws) if times is None else times[first : first + count]
+                at = None if times is None else times[first : first + count]
                 values = None if known is None else known[first : first + count]
                 if start is not None:
                     given = start[first : first + count].to(self.device)
                     x, nfe = self.translate(given, draws, sampling, told, report)
-                elif values is None and at is None:
-                    x, nfe = self.generate(draws, sampling, told, report)
-                else:
+                elif values is not None or at is not None:
                     if values is None:
                         assert at is not None
                         values = torch.full((count, form.shape[0], at.shape[1]), math.nan)
                     x, nfe = self.complete(form.encode(values.to(self.device)), at, draws, sampling, told, report)
+                elif (own := self.given_for(draws)) is not None:
+                    at = own[1]
+                    x, nfe = self.complete(*own, draws, sampling, told, report)
+                else:
+                    x, nfe = self.generate(draws, sampling, told, report)
                 data = form.decode(x).cpu()
-                if known is not None and values is not None:  # as they were, to the last digit
+                if values is not None:  # as they were, to the last digit
                     data = torch.where(values.isnan(), data, values)
             yield Samples(data.clone(), nfe, time.perf_counter() - began, part, at)
         for complaint in self.complaints():

@@ -196,6 +196,8 @@ class SeriesProcess(GenerativeModel):
     takes_gaps = True
     grids: Tensor
     lengths: Tensor
+    histories: Tensor
+    seen: Tensor
 
     def __init__(self, config: SeriesProcessConfig, spec: DataSpec):
         super().__init__(config, spec)
@@ -215,9 +217,12 @@ class SeriesProcess(GenerativeModel):
         self.times = config.times.build(config.schedule)
         # Sets of times to draw samples at, filled up with 0; those of regular series are all alike. Each time is the
         # sum of two float32: not every device has float64.
-        count = 1 if form.regular else _GRIDS
+        count = 1 if form.regular and config.task != "forecast" else _GRIDS
         self.register_buffer("grids", torch.zeros(count, spec.shape[1], 2))
         self.register_buffer("lengths", torch.full((count,), spec.shape[1]))
+        if config.task == "forecast":
+            self.register_buffer("histories", torch.zeros(_GRIDS, *spec.shape))
+            self.register_buffer("seen", torch.zeros(_GRIDS, *spec.shape, dtype=torch.bool))
         try:
             self.sampling()
         except UserError as error:  # before training, not after
@@ -254,7 +259,7 @@ class SeriesProcess(GenerativeModel):
     def prepare(self, items: Iterable[Batch]) -> None:
         squares = torch.zeros(self.spec.shape[0], dtype=torch.float64)
         counts = torch.zeros_like(squares)
-        kept: list[Tensor] = []
+        kept: list[Batch] = []
         for index, batch in enumerate(items):
             # An eighth of the items is enough for a deviation; of the times, as many as are kept.
             rows = torch.arange(index % 8, len(batch.x0), 8) if len(batch.x0) >= 64 else torch.arange(len(batch.x0))
@@ -269,14 +274,25 @@ class SeriesProcess(GenerativeModel):
             u = setting.factor.whiten((x - setting.base) * setting.hidden)
             squares += u.cpu().double().square().sum((0, 2))
             counts += setting.hidden.cpu().double().sum((0, 2))
-            kept.append(batch.times[rows])
+            kept.append(part)
         scale = (squares / counts.clamp(min=1)).sqrt().clamp(min=1e-6)
         self._network.scale.copy_(torch.where(counts > 0, scale, 1.0)[:, None])
-        every = torch.cat(kept)
-        chosen = every[torch.linspace(0, len(every) - 1, len(self.grids)).round().long()]
-        rough = chosen.nan_to_num(0.0).float()
-        self.grids.copy_(torch.stack([rough, (chosen.nan_to_num(0.0) - rough.double()).float()], 2))
-        self.lengths.copy_(chosen.isfinite().sum(1))
+        self._keep(kept)
+
+    def _keep(self, items: list[Batch]) -> None:
+        """Keep the times of some items, and of a model of forecasts what comes before their horizon."""
+        every = torch.cat([batch.times for batch in items if batch.times is not None])
+        place = torch.linspace(0, len(every) - 1, len(self.grids)).round().long()
+        times = every[place]
+        rough = times.nan_to_num(0.0).float()
+        self.grids.copy_(torch.stack([rough, (times.nan_to_num(0.0) - rough.double()).float()], 2))
+        self.lengths.copy_(times.isfinite().sum(1))
+        if self.config.task == "forecast":
+            values = torch.cat([batch.x0.cpu() for batch in items])[place]
+            there = values.isfinite()
+            known = there & ~self._late(there, times)
+            self.histories.copy_(torch.where(known, values, 0.0))
+            self.seen.copy_(known)
 
     def loss(self, batch: Batch, draws: Draws) -> LossTerms:
         setting, x = self._hide(batch, draws)
@@ -308,9 +324,7 @@ class SeriesProcess(GenerativeModel):
         """Which of the values that there are, bool (B, C, L) on the CPU, are hidden."""
         if task == "generate":
             return there
-        lengths = times.isfinite().sum(1, keepdim=True)
-        late = torch.arange(times.shape[1])[None] >= lengths - self.config.horizon
-        forecast = there & late[:, None]
+        forecast = self._late(there, times)
         if task == "forecast":
             return forecast
         share = draws.uniform().view(-1, 1, 1)
@@ -320,6 +334,12 @@ class SeriesProcess(GenerativeModel):
             return some
         kind = (3 * draws.uniform()).view(-1, 1, 1)
         return torch.where(kind < 1, there, torch.where(kind < 2, forecast, some))
+
+    def _late(self, there: Tensor, times: Tensor) -> Tensor:
+        """Which of the values that there are belong to the horizon."""
+        lengths = times.isfinite().sum(1, keepdim=True)
+        late = torch.arange(times.shape[1])[None] >= lengths - self.config.horizon
+        return there & late[:, None]
 
     def _setting(self, x0: Tensor, times: Tensor, hidden: Tensor, classes: Tensor | None) -> Setting:
         """See `Setting`; x0 (B, C, L) in the model's units, NaN where absent; hidden bool, on the CPU."""
@@ -364,17 +384,20 @@ class SeriesProcess(GenerativeModel):
         """The sets of times, float64 on the CPU."""
         return self.grids.cpu().double().sum(2)
 
-    def times_for(self, draws: Draws) -> Tensor:
+    def given_for(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Times of training items and nothing known; of a model of forecasts, their beginnings."""
         index = (draws.branch("times").uniform() * len(self.grids)).long()
         grids, lengths = self._kept()[index], self.lengths.cpu()[index]
-        return torch.where(torch.arange(grids.shape[1])[None] < lengths[:, None], grids, math.nan)
+        times = torch.where(torch.arange(grids.shape[1])[None] < lengths[:, None], grids, math.nan)
+        if self.config.task != "forecast":
+            return torch.full((len(index), *self.spec.shape), math.nan, device=self.device), times
+        index = index.to(self.device)
+        return torch.where(self.seen[index], self.histories[index], math.nan), times
 
     def generate(
         self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: Watch
     ) -> tuple[Tensor, int]:
-        times = self.times_for(draws)
-        nothing = torch.full((draws.count, self.spec.shape[0], times.shape[1]), math.nan, device=self.device)
-        return self.complete(nothing, times, draws, sampling, condition, on_step)
+        return self.complete(*self.given_for(draws), draws, sampling, condition, on_step)
 
     def complete(
         self,
