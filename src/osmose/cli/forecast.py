@@ -82,7 +82,8 @@ class Forecast:
                     times = given
 
                 def report(done: int, of: int, index: int = index) -> None:
-                    on_step(index * of + done, len(table.series) * of)
+                    if on_step is not None:
+                        on_step(index * of + done, len(table.series) * of)
 
                 filled = forecast(
                     model,

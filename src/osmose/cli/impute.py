@@ -73,7 +73,8 @@ class Impute:
             for index, series in enumerate(wanting):
 
                 def report(done: int, of: int, index: int = index) -> None:
-                    on_step(index * of + done, len(wanting) * of)
+                    if on_step is not None:
+                        on_step(index * of + done, len(wanting) * of)
 
                 filled = impute(
                     model,

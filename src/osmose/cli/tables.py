@@ -198,7 +198,7 @@ def fan_chart(
             axes.set_title(f"{name} {label}".strip(), fontsize=9)
             axes.set_xlabel(form.unit or "time", fontsize=7)
             axes.tick_params(labelsize=7)
-    panels[0].legend(fontsize=7, loc="upper left")
+    panels[0].legend(fontsize=7)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -470,18 +470,22 @@ class SeriesProcess(GenerativeModel):
         """
         if not clip:
             raise UserError(f"clip: {self.config.kind} never keeps estimates inside a range; there is nothing to leave")
-        setting, x = self._hide(batch, draws.branch("hidden"), "generate" if self.config.task == "any" else None)
-        u0 = self._whiten(x, setting)
+        with torch.inference_mode(False), torch.no_grad():  # the ODE's divergence is a derivative
+            classes = None if batch.condition is None else batch.condition.clone()
+            whole = Batch(batch.x0.clone(), classes, times=batch.times)
+            setting, x = self._hide(whole, draws.branch("hidden"), "generate" if self.config.task == "any" else None)
+            u0 = self._whiten(x, setting)
         unit = self._network.scale.cpu().double() * setting.scale.cpu().double()
         unit = unit * torch.tensor(self.spec.scale, dtype=torch.float64)[:, None]
         volume = (setting.hidden.cpu().double() * (unit.log() + setting.factor.log_det())).flatten(1).sum(1)
         scored = self._steps if self.config.schedule.native_steps else self._flow
         if variance is not None and not self.config.schedule.native_steps:
             raise UserError(f"variance: the ODE of {self.config.kind} has none to choose")
-        t, prior, steps = scored(u0, setting, draws, on_step, num_steps, variance)
+        t, prior, steps, errors = scored(u0, setting, draws, on_step, num_steps, variance)
         count = setting.count.cpu().double()
         exact = not self.config.schedule.native_steps
-        return BoundTerms(t, (prior + volume) / count, steps / count[:, None], is_density=True, is_exact=exact)
+        errors = None if errors is None else errors / count[:, None]
+        return BoundTerms(t, (prior + volume) / count, steps / count[:, None], errors, is_density=True, is_exact=exact)
 
     def _steps(
         self,
@@ -491,8 +495,8 @@ class SeriesProcess(GenerativeModel):
         on_step: OnStep,
         num_steps: int | None,
         variance: str | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Times (K,), L_T and the terms of the bound in nats of U, (n,) and (n, K)."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Times (K,), L_T and the terms of the bound in nats of U, (n,) and (n, K), and squared errors, (n, K)."""
         solver = self.config.sampling.solver
         kind = variance or (solver.variance if isinstance(solver, Ancestral) else "fixed_small")
         if kind not in ("fixed_small", "fixed_large"):
@@ -502,6 +506,7 @@ class SeriesProcess(GenerativeModel):
         assert steps is not None
         chain = ReverseChain(TimeGrid.of(schedule, steps))
         table, size = torch.empty(len(u0), steps, dtype=torch.float64), u0[0].numel()
+        errors = torch.empty_like(table)
         # The chain's terms are means over all values: those that are not hidden, where both sides are 0, are taken out.
         idle, nothing = size - setting.hidden.flatten(1).sum(1).cpu().double(), torch.zeros(1, 1, dtype=torch.float64)
         for index, level in enumerate(chain.levels):
@@ -511,10 +516,11 @@ class SeriesProcess(GenerativeModel):
             terms = chain.term(k, u0, estimate, log_variance, None).cpu().double()
             one = chain.log_variance(cast(Variance, kind), k[:1], None, nothing)
             table[:, index] = terms * size - idle * chain.term(k[:1], nothing, nothing, one, None)
+            errors[:, index] = (u0 - estimate).square().flatten(1).sum(1)
             on_step(index + 1, steps)
         prior = chain.prior_term(u0.cpu().double(), schedule.prior_std) * size
         prior = prior - idle * chain.prior_term(nothing, schedule.prior_std)
-        return torch.tensor([level.t for level in chain.levels], dtype=torch.float64), prior, table
+        return torch.tensor([level.t for level in chain.levels], dtype=torch.float64), prior, table, errors
 
     def _flow(
         self,
@@ -524,12 +530,12 @@ class SeriesProcess(GenerativeModel):
         on_step: OnStep,
         num_steps: int | None,
         variance: str | None,  # noqa: ARG002
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Times of the steps, -log density of the noise at the end, and minus the change of volume of each step."""
         schedule, count = self.config.schedule, num_steps or _STEPS
         shape = tuple(u0.shape[1:])
-        with torch.inference_mode(False):  # the divergence is a derivative
-            start, hidden = u0.clone(), setting.hidden.clone()
+        with torch.inference_mode(False):
+            hidden = setting.hidden
 
             def slope(t: float, u: Tensor) -> Tensor:
                 on_step(min(count, 1 + round(t * count)), count)
@@ -545,11 +551,11 @@ class SeriesProcess(GenerativeModel):
 
             log_p, integrals = log_density(
                 slope,
-                start,
+                u0,
                 even_grid(count, _CAP, 1.0),
                 log_prior,
                 "exact" if u0[0].numel() <= _EXACT else "hutchinson",
                 normal=lambda: draws.normal(shape) * hidden,
             )
         t = torch.linspace(_CAP, 1, count + 1, dtype=torch.float64)
-        return (t[1:] + t[:-1]) / 2, -log_p, -integrals
+        return (t[1:] + t[:-1]) / 2, -log_p, -integrals, None
