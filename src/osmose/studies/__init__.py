@@ -55,6 +55,10 @@ STUDIES = Registry(
             "osmose.studies.interpolants:Interpolants",
             "from any law to any other: ODE and SDEs, few steps, the Schroedinger bridge",
         ),
+        "series-synthetic": (
+            "osmose.studies.series_synthetic:SeriesSynthetic",
+            "noise correlated in time against white noise, on simulated series at irregular times",
+        ),
         "vlb": ("osmose.studies.vlb:VLB", "the likelihood bound as the loss: gradient noise, bits, samples"),
     },
 )
