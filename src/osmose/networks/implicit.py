@@ -53,9 +53,7 @@ class ImplicitConfig(NetworkConfig):
     @model_validator(mode="after")
     def _sees_the_input(self) -> ImplicitConfig:
         if not self.inner_steps and not self.y_input:
-            raise ConfigError(
-                "inner_steps", "0 without y_input never sees the input; take at least 1, or y_input=true"
-            )
+            raise ConfigError("inner_steps", "0 without y_input never sees the input; take at least 1, or y_input=true")
         return self
 
     def build(self, event_shape: tuple[int, ...], *, num_classes: int | None = None, num_outputs: int = 1) -> nn.Module:
@@ -140,13 +138,14 @@ class Implicit(nn.Module, Everywhere):
                 x, label = x.clone(), label.clone()
                 condition = None if condition is None else condition.clone()
             points = (2 * coordinates(tuple(x.shape[2:]), self.offset) - 1).to(x)
-            time = label.to(x) / 500 - 1
+            told = [x, label.to(x) / 500 - 1]
             if self.classes is not None and condition is not None:
-                first = self.classes(condition)
-                fit = vmap(lambda *of: self._fitted(points, *of), chunk_size=self.config.chunk)
-                return fit(x, time, first)
-            fit = vmap(lambda x, time: self._fitted(points, x, time, None), chunk_size=self.config.chunk)
-            out: Tensor = fit(x, time)
+                told.append(self.classes(condition))
+
+            def fitted(x: Tensor, time: Tensor, first: Tensor | None = None) -> Tensor:
+                return self._fitted(points, x, time, first)
+
+            out: Tensor = vmap(fitted, chunk_size=self.config.chunk)(*told)
             return out
 
     def _fitted(self, points: Tensor, x: Tensor, time: Tensor, first: Tensor | None) -> Tensor:

@@ -3,10 +3,10 @@ r"""A transformer over patches or points, with long skips (U-ViT, arXiv 2209.121
 A token is a patch of p points on each axis (p = 1: a point), and knows its values and the coordinates of its middle;
 one more token says the time and the class. The first half of the blocks hands what it has to the second half.
 
-**Other grids.** On a grid f times finer than that of the data, a token is p points f apart, which is what it has been in
-training, and the f^d patches that begin at neighbouring points interleave: tokens are more, and as far apart in the
-values that they hold as ever. Attention is a mean over tokens, and does not mind their number. Without patches any grid
-will do.
+**Other grids.** On a grid f times finer than that of the data, a token is p points that lie f apart, which is what it
+has been in training, and the f^d patches that begin at neighbouring points interleave: there are more tokens, each of
+them as coarse as ever. Attention is a mean over tokens, and does not mind their number. Without patches any grid will
+do.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ class UViT(nn.Module, Everywhere):
         time = self.time(sinusoids(label, self.width).to(x.dtype))
         if self.classes is not None and condition is not None:
             time = time + self.classes(condition)
-        h, skips = torch.cat([time[:, None], h], 1), []
+        h = torch.cat([time[:, None], h], 1)
+        skips: list[Tensor] = []
         half = len(self.blocks) // 2
         for index, block in enumerate(self.blocks):
             h = block(h, skips.pop() if index >= len(self.blocks) - half else None)

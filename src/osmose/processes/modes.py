@@ -101,7 +101,7 @@ class PublishedSpeed(Speed):
 
     @property
     def growth(self) -> float:
-        """c."""
+        """The exponent c."""
         return math.log1p((self.beta_min + self.beta_max) / 2 / self.kappa)
 
     def at(self, t: Tensor | float) -> Tensor:
@@ -156,11 +156,11 @@ class ModeProcess:
         return float(self.kept(1.0).max())
 
     def kept(self, t: Tensor | float, s: Tensor | float = 0.0) -> Tensor:
-        """m from s to t."""
+        """The factor m from s to t."""
         return self._decay(t, s).exp()
 
     def fresh(self, t: Tensor | float, s: Tensor | float = 0.0) -> Tensor:
-        """1 - m^2 from s to t, with its digits."""
+        """1 - m^2 from s to t, with all its digits."""
         return -(2 * self._decay(t, s)).expm1()
 
     def _decay(self, t: Tensor | float, s: Tensor | float) -> Tensor:
@@ -199,7 +199,7 @@ class ModeProcess:
         return torch.where(total > 0, self.kept(t) * data / total, 0.0)
 
     def prior_kl(self, data: Tensor) -> float:
-        """KL(law of x_1 || stationary law) in nats, for Gaussian data with given variances, of modes that have noise."""
+        """KL(law of x_1 || stationary law) in nats, for Gaussian data with given variances; of modes with noise."""
         noisy = self.state > 0
         ratio = (self.variance(1.0, data) / self.state)[noisy]
         return float((ratio - 1 - ratio.log()).sum()) / 2
@@ -209,7 +209,7 @@ class ModeProcess:
         return torch.where(self.state > 0, 1 / self.state, 0.0)
 
     def bound_weights(self, t: Tensor | float) -> Tensor:
-        """beta m^2 b_k^2 / (r_k (1 - m^2)^2): errors weighed by it, over all t, bound the KL divergence in nats."""
+        """What bounds the KL divergence in nats, over all t: beta m^2 b_k^2 / (r_k (1 - m^2)^2)."""
         beta = self.speed.at(t)
         share = self.kept(t).square() * self.rate / self.fresh(t).square()
         return beta.view(*beta.shape, *(1,) * self.rate.ndim) * share * self.weights()
