@@ -89,9 +89,9 @@ def test_what_is_refused():
         UViTConfig.parse({"width": 18})
     with pytest.raises(UserError, match=r"a uvit needs images .* not events of shape \(2,\)"):
         built((2,))
-    with pytest.raises(UserError, match="network.patch: 3 does not divide the sides 8 x 8; use 1, or a divisor of 8"):
+    with pytest.raises(UserError, match=r"network.patch: 3 does not divide the sides 8 x 8; use 1, or a divisor of 8"):
         built(patch=3)
-    with pytest.raises(UserError, match="resolution: 12 x 12 is no multiple of 8 x 8"):
+    with pytest.raises(UserError, match=r"resolution: 12 x 12 is no multiple of 8 x 8"):
         built(patch=2)(values(2, 1, 12, 12), LABELS)
     with pytest.raises(UserError, match=r"built for events \(1, 8, 8\); \(2, 8, 8\) given"):
         built()(values(2, 2, 8, 8), LABELS)

@@ -1,4 +1,4 @@
-"""Diffusion mode by mode: closed forms, time reversal on Gaussian data, bounds, and other processes as special cases."""
+"""Diffusion mode by mode: closed forms, time reversal of Gaussian data, bounds, other processes as special cases."""
 
 import itertools
 import math

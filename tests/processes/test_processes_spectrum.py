@@ -55,10 +55,15 @@ def test_real_noise_is_that_of_hermitian_modes_of_the_fft(grid):
     wrapped = torch.meshgrid(*[torch.fft.fftfreq(n, 1 / n, dtype=torch.float64).abs() for n in grid], indexing="ij")
     law = spectrum.law("fourier", len(grid))
     reach = {1: 4096, 2: 512}[len(grid)]
-    axes = [[int(k) + j * n for j in range(-reach // n - 1, reach // n + 2)] for k, n in zip([w.flatten()[-1] for w in wrapped], grid, strict=True)]
-    last = torch.meshgrid(*[torch.tensor([k for k in axis if abs(k) <= reach]).double() for axis in axes], indexing="ij")
+    axes = [
+        [int(k) + j * n for j in range(-reach // n - 1, reach // n + 2)]
+        for k, n in zip([w.flatten()[-1] for w in wrapped], grid, strict=True)
+    ]
+    last = torch.meshgrid(
+        *[torch.tensor([k for k in axis if abs(k) <= reach]).double() for axis in axes], indexing="ij"
+    )
     torch.testing.assert_close(power.real.flatten()[-1], law(sum(k.square() for k in last)).sum(), rtol=1e-10, atol=0)
-    # Through the FFT: white noise, coloured by the square roots of the powers, has the same covariance and no imaginary part.
+    # White noise through the FFT, coloured by the roots of the powers, has this covariance and no imaginary part.
     white = torch.eye(count, dtype=torch.float64).view(count, *grid)
     coloured = torch.fft.ifftn(torch.fft.fftn(white, dim=dims) * (power.real * count).sqrt(), dim=dims)
     assert float(coloured.imag.abs().max()) < 1e-13
@@ -125,7 +130,9 @@ def test_modes_of_a_coarser_grid_are_the_first_of_a_finer_one():
 
 def test_sums_that_have_no_limit_are_warned_of():
     published = PublishedSpectrum(amplitude=1.0)
-    with pytest.warns(UserWarning, match=r"spectrum published: the variance of the noise has no limit .*\(11.6, 16, 20.3"):
+    with pytest.warns(
+        UserWarning, match=r"spectrum published: the variance of the noise has no limit .*\(11.6, 16, 20.3"
+    ):
         trace = published.trace(Harmonics("fourier", (16, 16)))
     assert not trace.converges
     assert trace.sums == pytest.approx((11.6, 16.0, 20.3), abs=0.05)  # the card: 2 pi log n
