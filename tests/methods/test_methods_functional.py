@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
 from osmose.configuration import ConfigError
 from osmose.data.dataset import DataSpec, SeriesForm
@@ -14,6 +15,7 @@ from osmose.gaussian.draws import SampleDraws, StepDraws
 from osmose.methods import METHODS
 from osmose.methods.base import Batch
 from osmose.methods.functional import FunctionalConfig
+from osmose.networks.base import Everywhere
 from osmose.networks.implicit import ImplicitConfig
 from osmose.networks.mlp import MLPConfig
 from osmose.networks.unet import UNetConfig
@@ -53,9 +55,21 @@ def items(count, spec=LINE, basis="fourier", seed=0):
     return Batch(harmonics.values(eps * variances.sqrt()).float()), variances
 
 
+class Silent(nn.Module, Everywhere):
+    """A network that says nothing, sooner than others."""
+
+    def __init__(self):
+        super().__init__()
+        self.zero = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, *_):
+        return self.zero * x
+
+
 def gaussian(**parts):
     """A model that knows the law of its Gaussian data, and whose network adds nothing."""
     model = build(**parts)
+    model.network = Silent()
     model.spread.copy_(items(1)[1].expand(model.spread.shape))
     return model
 
@@ -169,10 +183,10 @@ def test_what_people_should_know_of_the_noise():
         build(spectrum=PowerSpectrum(exponent=1.5)).prepare([Batch(x)])
     with pytest.warns(UserWarning, match=r"speed.beta_max: 34% of a mode of the data are left at t = 1"):
         build(speed=PublishedSpeed(), drift=PublishedDrift(), spectrum=PowerSpectrum(exponent=0.6)).prepare([Batch(x)])
+    model = build(DataSpec(kind="image", shape=(1, 16, 16)), spectrum=PublishedSpectrum())
+    smooth = torch.randn(50, 1, 16, 16, generator=torch.Generator().manual_seed(0)).cumsum(2).cumsum(3)
     with pytest.warns(UserWarning, match="spectrum published: the variance of the noise has no limit"):
-        spec = DataSpec(kind="image", shape=(1, 16, 16))
-        model = build(spec, spectrum=PublishedSpectrum())
-        model.prepare([Batch(torch.randn(50, 1, 16, 16).cumsum(2).cumsum(3))])
+        model.prepare([Batch(smooth)])
 
 
 # --- samples --------------------------------------------------------------------------------------------------------
@@ -278,10 +292,7 @@ def test_known_points_follow_the_diffused_truth():
     known[..., 2], known[..., 5] = 1.5, -0.7
     states = []
 
-    def keep(done, of, state=None, /):
-        states.append(state.clone())
-
-    drawn(model, known=known, on_state=keep, num_steps=21)
+    drawn(model, known=known, on_state=lambda _, __, state: states.append(state.clone()), num_steps=21)
     process = model.fields.on((8,)).process
     times = torch.linspace(1.0, 1e-3, 21, dtype=torch.float64)
     for index in (0, 10, 15):
@@ -334,7 +345,7 @@ def test_regular_series_are_functions_of_their_times():
 )
 def test_any_network_will_do(spec, network):
     model = build(spec, network=network, basis="dct").train()
-    assert model.filters is (network.kind != "implicit")
+    assert (model.filters, model.weighting) == ((False, "prior") if network.kind == "implicit" else (True, "posterior"))
     terms = model.loss(items(8, spec, "dct")[0], step(8))
     terms.per_item.mean().backward()
     assert bool(terms.per_item.isfinite().all())

@@ -9,8 +9,8 @@ grid is a way to look at them: a network that knows where its points are can be 
 
     w_k |modes(x0_hat) - modes(x_0)|_k^2,
 
-whose minimiser is the same for all w. w is b_k / r_k (published), one over the variance of the noise, in whose units
-the loss then is.
+whose minimiser is the same for all w: `prior` (published), b_k / r_k, one over the variance of the noise; `posterior`,
+one over the error of the best linear estimate, so that the loss is 1 where nothing more is known, at all times.
 
 **How the network is read.** `x0`: as x0_hat (published). `filter`: with mean mu and variances s_k of the modes of the
 data, fitted before training, the best linear estimate is known, and so is its error:
@@ -86,10 +86,10 @@ class FunctionalConfig(MethodConfig):
     parametrization: Literal["x0", "filter"] | None = Field(
         None, description="how the network is read, see the module; x0 if it is implicit, filter if not"
     )
-    weighting: Literal["prior", "posterior", "likelihood", "uniform"] = Field(
-        "prior",
-        description="of the errors of modes: by the variance of the noise (published), by that of the best linear "
-        "estimate's error, by the bound of the likelihood, or not at all",
+    weighting: Literal["prior", "posterior", "likelihood", "uniform"] | None = Field(
+        None,
+        description="of the errors of modes: by the variance of the noise (published; if the network is read as x0), "
+        "by that of the best linear estimate's error (if as filter), by the bound of the likelihood, or not at all",
     )
     sampling: FunctionalSampling = FunctionalSampling()
 
@@ -148,6 +148,8 @@ class Functional(GenerativeModel):
     Attributes:
         network: told x_t and t on the scale 0..1000.
         fields: the noise on any grid.
+        filters: whether the network adds to the best linear estimate.
+        weighting: of errors.
         mean: of the modes of the data, float32 (C, *grid).
         spread: their variances.
     """
@@ -175,6 +177,7 @@ class Functional(GenerativeModel):
         if isinstance(self.network, Implicit):
             self.network.whiten = self.fields.whiten
         self.filters = config.parametrization == "filter" or (config.parametrization is None and not implicit)
+        self.weighting = config.weighting or ("posterior" if self.filters else "prior")
         self.mean = nn.Buffer(torch.zeros(spec.shape))
         self.spread = nn.Buffer(torch.ones(spec.shape))
         try:
@@ -274,7 +277,7 @@ class Functional(GenerativeModel):
 
     def _weights(self, t: Tensor) -> Tensor:
         """Of squared errors of modes, float64, (B, C, *grid) or what goes with it."""
-        process, weighting = self.fields.on(self.grid).process, self.config.weighting
+        process, weighting = self.fields.on(self.grid).process, self.weighting
         if weighting == "likelihood":
             return process.bound_weights(t)[:, None]
         if weighting == "posterior":
