@@ -12,7 +12,16 @@ from osmose.cli.main import main
 from osmose.training.run import Run
 from osmose.training.trainer import Trainer
 
-UVIT = ["--data", "digits", "network.width=16", "network.depth=2", "network.heads=2", "sampling.num_steps=3"]
+UVIT = [
+    "--data",
+    "digits",
+    "--network",
+    "uvit",
+    "network.width=16",
+    "network.depth=2",
+    "network.heads=2",
+    "sampling.num_steps=3",
+]
 IMPLICIT = ["--data", "digits", "--network", "implicit", "network.width=8", "network.inner_steps=1"]
 SHORT = ["training.batch_size=8", "training.preview_samples=4", "training.validation_items=8", "--steps", "4"]
 SHORT += ["sampling.num_steps=3", "--threads", "1", "--quiet"]
@@ -20,9 +29,10 @@ SHORT += ["sampling.num_steps=3", "--threads", "1", "--quiet"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with the runs field (uvit) and small (implicit); not to be changed."""
+    """A folder with the runs field (uvit), grid (mlp) and small (implicit); not to be changed."""
     folder = tmp_path_factory.mktemp("fdp")
     main(["train", "fdp", *UVIT, "--conditional", *SHORT, "--out", str(folder / "field")])
+    main(["train", "fdp", "--data", "digits", "--network", "mlp", *SHORT, "--out", str(folder / "grid")])
     main(["train", "fdp", *IMPLICIT, *SHORT, "--out", str(folder / "small")])
     return folder
 
@@ -79,6 +89,10 @@ def test_a_run_that_was_stopped_is_taken_up_again(osmose, monkeypatch):
         (["sample", "field", "resolution=12"], "resolution: 12 x 12 is no multiple of 8 x 8"),
         (["sample", "field", "resolution=0"], "resolution: 0 is not valid"),
         (["sample", "field", "--solver", "ddim"], "solver: 'ddim' is not valid: should be 'posterior', 'em'"),
+        (
+            ["sample", "grid", "resolution=16"],
+            "resolution: 16 is not that of the data, 8, and mlp is bound to its grid",
+        ),
         (["train", "fdp", "--data", "toy:two-moons", "--out", "x"], "fdp: needs functions on a grid"),
         (["train", "fdp", *IMPLICIT[:4], "network.inner_steps=0", "--out", "x"], "inner_steps: 0 without y_input"),
         (["train", "fdp", "--data", "digits", "spectrum=powr", "--out", "x"], "unknown spectrum 'powr'"),

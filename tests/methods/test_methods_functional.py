@@ -364,13 +364,15 @@ def test_the_inner_loss_weighs_modes_by_their_noise():
     assert build(IMAGES, network=IMPLICIT, basis="dct").network.offset == 0.5
 
 
-@pytest.mark.parametrize(("shape", "patch"), [((1, 8, 8), 2), ((1, 28, 28), 4), ((3, 32, 32), 4), ((1, 5, 7), 1)])
-def test_the_recipe_for_images(shape, patch):
-    recipe = METHODS.resolve("fdp").recipe(DataSpec(kind="image", shape=shape), 0.5)
-    assert (recipe["basis"], recipe["network"]["patch"]) == ("dct", patch)
-    assert FunctionalConfig.parse(recipe).build(DataSpec(kind="image", shape=shape)).filters
-    assert FunctionalConfig.training_recipe(LINE)["steps"] == 2000
-    assert FunctionalConfig.recipe(SERIES, 1.0)["network"]["patch"] == 1
+def test_the_recipe():
+    for shape in ((1, 8, 8), (3, 28, 28), (1, 5, 7)):
+        recipe = FunctionalConfig.recipe(DataSpec(kind="image", shape=shape), 0.5)
+        assert (recipe["basis"], recipe["network"]["kind"]) == ("dct", "unet")
+        assert METHODS.parse({"kind": "fdp", **recipe}).build(DataSpec(kind="image", shape=shape)).filters
+    for spec in (LINE, SERIES):
+        recipe = FunctionalConfig.recipe(spec, 1.0)
+        assert METHODS.parse({"kind": "fdp", **recipe}).build(spec).config.network.patch == 1
+        assert FunctionalConfig.training_recipe(spec)["steps"] == 2000
 
 
 @pytest.mark.parametrize(

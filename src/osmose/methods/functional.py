@@ -39,6 +39,7 @@ from osmose.gaussian.draws import Draws
 from osmose.methods.base import Batch, GenerativeModel, LossTerms, MethodConfig, NetworkChoice, SamplingConfig, Watch
 from osmose.networks.base import Everywhere
 from osmose.networks.implicit import Implicit
+from osmose.networks.presets import network_for
 from osmose.processes import DRIFTS, SPECTRA, SPEEDS
 from osmose.processes.modes import ConstDrift, Drift, ModeProcess, Speed, VPSpeed
 from osmose.processes.spectrum import BasisKind, Harmonics, PowerLaw, PowerSpectrum, Spectrum
@@ -95,14 +96,9 @@ class FunctionalConfig(MethodConfig):
 
     @classmethod
     def recipe(cls, spec: DataSpec, data_std: float) -> dict[str, Any]:  # noqa: ARG003
-        if spec.kind == "image":
-            # Images are rougher than a noise whose powers are summable on two axes by far would be.
-            patch = next(p for p in (4, 2, 1) if all(side % p == 0 and side // p >= 4 for side in spec.shape[1:]))
-            return {
-                "network": {"kind": "uvit", "patch": patch},
-                "basis": "dct",
-                "spectrum": {"kind": "power", "exponent": 1.25},
-            }
+        if spec.kind == "image":  # on two axes noise has a limit above an exponent of 1, and images are rough
+            network = network_for(spec.shape)
+            return {"network": network, "basis": "dct", "spectrum": {"kind": "power", "exponent": 1.25}}
         return {"network": {"kind": "uvit", "patch": 1, "width": 64}}
 
     @classmethod
