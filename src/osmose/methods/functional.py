@@ -41,6 +41,7 @@ from osmose.networks.base import Everywhere
 from osmose.networks.implicit import Implicit
 from osmose.networks.presets import network_for
 from osmose.processes import DRIFTS, SPECTRA, SPEEDS
+from osmose.processes.kriging import conditioned
 from osmose.processes.modes import ConstDrift, Drift, ModeProcess, Speed, VPSpeed
 from osmose.processes.spectrum import BasisKind, Harmonics, PowerLaw, PowerSpectrum, Spectrum
 
@@ -71,6 +72,11 @@ class FunctionalSampling(SamplingConfig):
         None, ge=1, description="points along the last axis, others in proportion; those of the data if not given"
     )
     clip: bool = Field(True, description="keep the estimate inside the data's range, where there is one")
+    fill: Literal["linear", "replace"] = Field(
+        "linear",
+        description="what values that are known do: correct the estimate of the others as the covariance of the data "
+        "says, or stand in place of theirs alone (published)",
+    )
     snr: float = Field(0.16, gt=0, description="of pc: step of the corrector")
     churn: float = Field(0.6, ge=0, description="of pc: how far each step is noised again and repeated, in steps")
 
@@ -336,8 +342,11 @@ class Functional(GenerativeModel):
         """`generate` with the estimate replaced by what is known, wherever it is.
 
         With equal rates and `solver=posterior` the known points of x_t then have exactly the law of the truth diffused
-        to t, with noise that goes on smoothly into that of the others. What is unknown hears of what is known by x_t
-        alone: it is drawn with a bias, which any replacement has, towards what is probable without.
+        to t, with noise that goes on smoothly into that of the others.
+
+        With `fill=linear` what is unknown is corrected by what the known points say of it: for Gaussian data whose
+        modes are independent, the estimate is E[x_0 | x_t, known]. With `replace` it hears of them by x_t alone, and
+        is drawn with a bias, as by any replacement, towards what is probable without them.
         """
         assert isinstance(sampling, FunctionalSampling)
         grid = self._grid(sampling)
@@ -367,6 +376,9 @@ class Functional(GenerativeModel):
             x0 = self.estimate(c, torch.full((draws.count,), t, dtype=torch.float64), condition)
             if not bool(x0.isfinite().all()):
                 raise UserError("fdp: the network answers NaN or infinity; has training diverged?")
+            if known is not None and sampling.fill == "linear":
+                error = self._error(process, torch.tensor([t], dtype=torch.float64), self._moments(grid)[1])
+                x0 = conditioned(x0, known, error, field.harmonics)
             if limits is not None:
                 x0 = x0.clamp(*limits)
             return x0 if known is None else torch.where(known.isnan(), x0, known)
