@@ -355,6 +355,10 @@ class Functional(GenerativeModel):
             raise UserError(
                 f"times: {known.shape[2]} given, and fdp has a grid of {grid[0]}; dspd and cspd take any times"
             )
+        if times is not None and self.spec.series is not None and grid[0] > 1:
+            gap, own = float(times.diff(dim=1).mean()), self.spec.series.span / (grid[0] - 1)
+            if abs(gap - own) > _EVEN * own:
+                raise UserError(f"times: lie {gap:.4g} apart, and those of the data {own:.4g}; cspd takes any times")
         return self._run(grid, known, draws, sampling, condition, on_step)
 
     def _run(
