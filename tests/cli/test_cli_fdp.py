@@ -93,6 +93,10 @@ def test_a_run_that_was_stopped_is_taken_up_again(osmose, monkeypatch):
             ["sample", "grid", "resolution=16"],
             "resolution: 16 is not that of the data, 8, and mlp is bound to its grid",
         ),
+        (
+            ["evaluate", "field", "resolution=16", "--quiet"],
+            "resolution: samples of shape (1, 16, 16) are not compared",
+        ),
         (["train", "fdp", "--data", "toy:two-moons", "--out", "x"], "fdp: needs functions on a grid"),
         (["train", "fdp", *IMPLICIT[:4], "network.inner_steps=0", "--out", "x"], "inner_steps: 0 without y_input"),
         (["train", "fdp", "--data", "digits", "spectrum=powr", "--out", "x"], "unknown spectrum 'powr'"),

@@ -338,7 +338,7 @@ def test_regular_series_are_functions_of_their_times():
         model.sample(4, times=torch.arange(5), num_steps=3)
     with pytest.raises(UserError, match="times: are not evenly spaced, and fdp needs a grid; cspd takes any times"):
         model.sample(4, times=torch.arange(8) ** 2, num_steps=3)
-    with pytest.raises(UserError, match="times: lie 2 apart, and those of the data 0.5; cspd takes any times"):
+    with pytest.raises(UserError, match=r"times: lie 2 apart, and those of the data 0.5; cspd takes any times"):
         model.sample(4, times=2 * torch.arange(8), num_steps=3)
     with pytest.raises(UserError, match="resolution: 16 given, and series have their own times"):
         model.sampling(resolution=16)

@@ -116,7 +116,7 @@ def test_the_variance_of_a_point_is_as_said(basis):
         harmonics = Harmonics(basis, grid)
         variances = PowerSpectrum(exponent=1.5, variance=4.0).variances(harmonics)
         # Modes that vanish on the points of a reflected grid are all that is missing.
-        assert float(variances.sum()) == pytest.approx(4.0, rel=1e-9 if basis == "fourier" else 0.03)
+        assert float(variances.sum()) == pytest.approx(4.0, rel=1e-9 if basis == "fourier" else 0.06)
 
 
 def test_modes_of_a_coarser_grid_are_the_first_of_a_finer_one():

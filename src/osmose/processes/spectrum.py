@@ -45,6 +45,8 @@ Law = Callable[[Tensor], Tensor]
 _HIGHEST = {1: 4096, 2: 512}
 #: Sums over twice as many points grow by the same again where they have no limit, by half of it where r ~ 1 / k^2.
 _NO_LIMIT = 0.95
+#: Points on each axis from which on that shows.
+_FEWEST = 16
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Harmonics:
 
 
 class Trace(NamedTuple):
-    """Sums of r_k over the modes of a grid, and of grids of twice and four times as many points on each axis."""
+    """Sums of r_k over the modes of a grid, of at least 16 points a side, and of twice and four times as many."""
 
     sums: tuple[float, float, float]
 
@@ -156,14 +158,15 @@ class Spectrum(Config, ABC):
     def trace(self, harmonics: Harmonics) -> Trace:
         """Sums over growing grids; warns when they have no limit, and samples therefore depend on the grid."""
         law = self.law(harmonics.basis, len(harmonics.grid))
-        grids = [[factor * side for side in harmonics.grid] for factor in (1, 2, 4)]
+        first = -(-_FEWEST // min(harmonics.grid))
+        grids = [[first * factor * side for side in harmonics.grid] for factor in (1, 2, 4)]
         sums = [float(law(_squared([_frequencies(harmonics.basis, n) for n in grid])).sum()) for grid in grids]
         found = Trace((sums[0], sums[1], sums[2]))
         if not found.converges:
             shown = ", ".join(f"{value:.3g}" for value in sums)
             warnings.warn(
                 f"spectrum {self.kind}: the variance of the noise has no limit on finer grids ({shown} on grids of "
-                f"{' x '.join(map(str, harmonics.grid))}, twice and four times as many); power with an exponent above "
+                f"{' x '.join(map(str, grids[0]))}, twice and four times as many); power with an exponent above "
                 f"{len(harmonics.grid) / 2:g} has one",
                 stacklevel=2,
             )
