@@ -304,6 +304,16 @@ def test_known_points_follow_the_diffused_truth():
             assert float(x[:, place].std()) == pytest.approx(float(process.fresh(t)[0]) ** 0.5, abs=0.04)
 
 
+def test_equal_rates_need_not_be_for_known_points_to_stay():
+    model = build(noise=0.1, drift=PublishedDrift(), speed=PublishedSpeed(beta_max=20.0), basis="dct")
+    known = torch.full((2, 1, 8), math.nan)
+    known[..., 3] = 0.4
+    for fill in ("linear", "replace"):
+        x = model.sample(2, known=known, num_steps=5, fill=fill).data
+        assert torch.equal(x[..., 3], known[..., 3])
+        assert bool(x.isfinite().all())
+
+
 @pytest.mark.parametrize("solver", ["posterior", "em"])
 def test_of_gaussian_data_what_is_unknown_has_its_law_given_what_is_known(solver):
     model, (_, s) = gaussian(), items(1)
@@ -359,6 +369,7 @@ def test_regular_series_are_functions_of_their_times():
 def test_any_network_will_do(spec, network):
     model = build(spec, network=network, basis="dct").train()
     assert (model.filters, model.weighting) == ((False, "prior") if network.kind == "implicit" else (True, "posterior"))
+    assert (model.not_compiled is None) is model.filters
     terms = model.loss(items(8, spec, "dct")[0], step(8))
     terms.per_item.mean().backward()
     assert bool(terms.per_item.isfinite().all())
