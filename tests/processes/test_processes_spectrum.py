@@ -122,10 +122,20 @@ def test_the_variance_of_a_point_is_as_said(basis):
 def test_modes_of_a_coarser_grid_are_the_first_of_a_finer_one():
     for basis in ("fourier", "dct"):
         assert torch.equal(Harmonics(basis, (5, 6)).squared, Harmonics(basis, (12, 9)).squared[:5, :6])
-        x = Harmonics(basis, (4,)).values(torch.tensor([0.3, 1.0, -2.0, 0.0]).double())
-        fine = Harmonics(basis, (12,))
-        longer = fine.values(torch.cat([torch.tensor([0.3, 1.0, -2.0]).double(), torch.zeros(9).double()]))
-        torch.testing.assert_close(longer[(0 if basis == "fourier" else 1) :: 3], x)
+
+
+@pytest.mark.parametrize(("basis", "first"), [("fourier", 0), ("dct", 1)])
+@pytest.mark.parametrize("grid", [(4,), (5,), (4, 3), (6, 2)], ids=str)
+def test_a_field_of_a_coarse_grid_goes_through_its_values_on_a_finer_one(basis, first, grid):
+    coarse, fine = Harmonics(basis, grid), Harmonics(basis, tuple(3 * side for side in grid))
+    x = normal(2, *grid)
+    longer = fine.values(coarse.onto(coarse.modes(x), fine.grid))
+    torch.testing.assert_close(longer[(slice(None), *[slice(first, None, 3)] * len(grid))], x)
+    # And back, but for the highest cosine of a circle, of which a coarser grid has another measure.
+    back = fine.onto(coarse.onto(coarse.modes(x), fine.grid), grid)
+    if basis == "dct":
+        torch.testing.assert_close(back, coarse.modes(x))
+    assert back.shape == x.shape
 
 
 def test_sums_that_have_no_limit_are_warned_of():

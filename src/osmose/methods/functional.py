@@ -221,7 +221,7 @@ class Functional(GenerativeModel):
     def not_compiled(self) -> str | None:
         if not isinstance(self.network, Implicit):
             return None
-        return "an implicit network is differentiated while it is evaluated; leave training.compile out"
+        return "an implicit network is differentiated while it is evaluated; take training.compile=false"
 
     def _require_even(self, times: Tensor | None) -> None:
         """Refuse times of series that are no grid."""
@@ -268,9 +268,10 @@ class Functional(GenerativeModel):
         mean, spread = self.mean.cpu().double(), self.spread.cpu().double()
         if grid == self.grid:
             return mean, spread
-        squared = [self.fields.on(g).harmonics.squared for g in (self.grid, grid)]
-        whole = torch.stack([PowerLaw.fitted(channel, squared[0]).at(squared[1]) for channel in spread])
-        return _laid_into(torch.zeros_like(whole), mean), _laid_into(whole, spread)
+        own, squared = self.fields.on(self.grid).harmonics, self.fields.on(grid).harmonics.squared
+        there = own.onto(torch.ones_like(spread), grid) > 0
+        beyond = torch.stack([PowerLaw.fitted(channel, own.squared).at(squared) for channel in spread])
+        return own.onto(mean, grid), torch.where(there, own.onto(spread.sqrt(), grid).square(), beyond)
 
     def loss(self, batch: Batch, draws: Draws) -> LossTerms:
         t = _FIRST + (1 - _FIRST) * draws.stratified()

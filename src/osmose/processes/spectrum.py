@@ -89,6 +89,19 @@ class Harmonics:
         """The inverse of `modes`."""
         return self._applied(c, transposed=True) * math.sqrt(math.prod(self.grid))
 
+    def onto(self, c: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """Coefficients (..., *grid) on another grid of what they are on this: 0 for modes that this one lacks."""
+        sides = list(zip(range(-len(grid), 0), self.grid, grid, strict=True))
+        result = part = c.new_zeros(*c.shape[: -len(grid)], *grid)
+        for axis, own, side in sides:
+            c, part = (x.narrow(axis, 0, min(own, side)) for x in (c, part))
+        part.copy_(c)
+        for axis, own, side in sides:
+            if self.basis == "fourier" and own % 2 == 0 and side > own:
+                # On its own grid the highest cosine is -1 and 1, on a finer one of mean square 1/2 as all are.
+                result.select(axis, own - 1).mul_(math.sqrt(0.5))
+        return result
+
     def _applied(self, x: Tensor, transposed: bool) -> Tensor:
         matrices = [_matrix(self.basis, side).to(x.dtype).to(x.device) for side in self.grid]
         matrices = [matrix.mT if transposed else matrix for matrix in matrices]
