@@ -17,8 +17,9 @@ data, fitted before training, the best linear estimate is known, and so is its e
 
     x0_hat_k = mu_k + m s / (m^2 s + v q) (c - m mu)_k + sqrt(s v q / (m^2 s + v q)) F_k,     v = r / b,  q = 1 - m^2,
 
-so that an untrained network is the best linear filter, which is all there is to know of Gaussian data. Beyond the
-highest frequency of the training data, s is continued by the power of |k| that fits it.
+so that an untrained network is the best linear filter, which is all there is to know of Gaussian data. On a finer grid
+nothing is known of frequencies beyond those of the data: their s is 0, and samples are smooth there. Read as `x0`, they
+are what the network says.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from osmose.networks.presets import network_for
 from osmose.processes import DRIFTS, SPECTRA, SPEEDS
 from osmose.processes.kriging import conditioned
 from osmose.processes.modes import ConstDrift, Drift, ModeProcess, Speed, VPSpeed
-from osmose.processes.spectrum import BasisKind, Harmonics, PowerLaw, PowerSpectrum, Spectrum
+from osmose.processes.spectrum import BasisKind, Harmonics, PowerSpectrum, Spectrum, slope
 
 SpectrumChoice = Annotated[SerializeAsAny[Spectrum], BeforeValidator(SPECTRA.parse)]
 DriftChoice = Annotated[SerializeAsAny[Drift], BeforeValidator(DRIFTS.parse)]
@@ -203,7 +204,7 @@ class Functional(GenerativeModel):
         self.spread.copy_(variances)
         self.config.spectrum.trace(field.harmonics)
         squared = field.harmonics.squared
-        data, noise = (PowerLaw.fitted(v, squared).slope for v in (variances.mean(0), field.process.state))
+        data, noise = (slope(v, squared) for v in (variances.mean(0), field.process.state))
         if data > noise + _ROUGHER:
             warnings.warn(
                 f"spectrum: the data are rougher than the noise: variances of modes go as |k|^{data:.1f} and "
@@ -268,10 +269,8 @@ class Functional(GenerativeModel):
         mean, spread = self.mean.cpu().double(), self.spread.cpu().double()
         if grid == self.grid:
             return mean, spread
-        own, squared = self.fields.on(self.grid).harmonics, self.fields.on(grid).harmonics.squared
-        there = own.onto(torch.ones_like(spread), grid) > 0
-        beyond = torch.stack([PowerLaw.fitted(channel, own.squared).at(squared) for channel in spread])
-        return own.onto(mean, grid), torch.where(there, own.onto(spread.sqrt(), grid).square(), beyond)
+        own = self.fields.on(self.grid).harmonics
+        return own.onto(mean, grid), own.onto(spread.sqrt(), grid).square()
 
     def loss(self, batch: Batch, draws: Draws) -> LossTerms:
         t = _FIRST + (1 - _FIRST) * draws.stratified()

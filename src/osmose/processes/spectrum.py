@@ -226,31 +226,20 @@ class WhiteSpectrum(Spectrum):
         return share if rate is None else share / rate(harmonics.squared)
 
 
-class PowerLaw(NamedTuple):
-    """Variances of modes as level |k|^slope."""
+def slope(variances: Tensor, squared: Tensor) -> float:
+    """The power of |k| that fits the logarithms of variances best, of modes above frequency 0.
 
-    level: float
-    slope: float
-
-    @classmethod
-    def fitted(cls, variances: Tensor, squared: Tensor) -> PowerLaw:
-        """To the logarithms of variances, float64, of modes above frequency 0; those that are 0 are left out.
-
-        Args:
-            variances: float64 (*grid).
-            squared: |k|^2, of the same shape.
-        """
-        some = (squared > 0) & (variances > 0)
-        if not bool(some.any()):
-            return cls(0.0, 0.0)
-        x, y = squared[some].log() / 2, variances[some].log()
-        spread = float((x - x.mean()).square().sum())
-        slope = float(((x - x.mean()) * y).sum()) / spread if spread else 0.0
-        return cls(math.exp(float(y.mean()) - slope * float(x.mean())), slope)
-
-    def at(self, squared: Tensor) -> Tensor:
-        """The variances; 0 at frequency 0."""
-        return torch.where(squared > 0, self.level * squared.clamp(min=1e-30) ** (self.slope / 2), 0.0)
+    Args:
+        variances: float64 (*grid); those that are 0 are left out.
+        squared: |k|^2, of the same shape.
+    """
+    some = (squared > 0) & (variances > 0)
+    if not bool(some.any()):
+        return 0.0
+    x, y = squared[some].log() / 2, variances[some].log()
+    x = x - x.mean()
+    spread = float(x.square().sum())
+    return float((x * y).sum()) / spread if spread else 0.0
 
 
 def _frequencies(basis: BasisKind, side: int) -> Tensor:
