@@ -20,6 +20,10 @@ METHODS = Registry(
             "osmose.methods.blackout:BlackoutConfig",
             "counts that lose their units one by one, and get them back (Santos et al. 2023)",
         ),
+        "fdp": (
+            "osmose.methods.functional:FunctionalConfig",
+            "functions on a grid, under noise that is a function too (Franzese et al. 2023)",
+        ),
         "interpolant": (
             "osmose.methods.interpolant:InterpolantConfig",
             "from noise or other data to the data, by ODE or SDE (Albergo et al. 2023)",

@@ -107,7 +107,13 @@ def evaluate_run(
     model = model if model is not None else run.model(device)
     n = n or min(default_count(dataset), model.most or sys.maxsize)
     sampling = model.sampling(**options)
-    if model.ends(sampling)[1] != model.spec:
+    form = model.ends(sampling)[1]
+    if form.shape != model.spec.shape:
+        raise UserError(
+            f"resolution: samples of shape {form.shape} are not compared with data of shape {model.spec.shape}; scores "
+            "are those of the data's own"
+        )
+    if form != model.spec:
         raise UserError("direction: backward gives items of the source, and scores compare with the data")
     samples = model.sample(n, seed=seed, batch_size=batch_size, on_step=on_step, **options)
     memory = peak_memory(model.device)  # before the metrics add their own

@@ -14,6 +14,14 @@ NETWORKS = Registry(
             "osmose.networks.tensor_train:TensorTrainConfig",
             "functional tensor train on top of the best linear prediction, for points and small images",
         ),
+        "uvit": (
+            "osmose.networks.uvit:UViTConfig",
+            "transformer with long skips over points or patches, which knows their coordinates",
+        ),
+        "implicit": (
+            "osmose.networks.implicit:ImplicitConfig",
+            "coordinate MLP that is fitted to each noisy input by a few gradient steps; small and slow",
+        ),
     },
     PRESETS,
 )

@@ -70,6 +70,30 @@ class Noting(ABC):
         """What people should know of these numbers, in one line; None where all is well. Does not begin anew."""
 
 
+class Everywhere:
+    """A network of values at points, which it knows by their coordinates: it takes events on other grids as well.
+
+    Attributes:
+        offset: of the first point of an axis from 0, as a share of the distance of points: 1/2 for pixels, 0 for points
+            of a circle. Coordinates are (i + offset) / n.
+    """
+
+    offset: float = 0.5
+
+    def require(self, grid: tuple[int, ...]) -> None:
+        """Refuse a grid on which it cannot be evaluated.
+
+        Raises:
+            UserError: such a grid; the message says which would do.
+        """
+
+
+def coordinates(grid: tuple[int, ...], offset: float) -> Tensor:
+    """(i + offset) / n of all points in order, float32 (points, axes)."""
+    axes = [(torch.arange(side) + offset) / side for side in grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
+
+
 def sinusoids(label: Tensor, width: int, frequency: float = 1.0) -> Tensor:
     """Sines and cosines of label * frequency * 10000^(-j / (width/2 - 1)), shape (B, width), sines first.
 

@@ -15,3 +15,25 @@ KERNELS = Registry(
         "matern52": ("osmose.processes.kernels:Matern52Kernel", "paths with two derivatives"),
     },
 )
+SPECTRA = Registry(
+    "spectrum",
+    {
+        "power": ("osmose.processes.spectrum:PowerSpectrum", "(1 + |k|^2)^-exponent: functions on every grid"),
+        "published": ("osmose.processes.spectrum:PublishedSpectrum", "1 / (|k|^2 + 2), without a limit on two axes"),
+        "white": ("osmose.processes.spectrum:WhiteSpectrum", "all modes alike: ordinary noise, no function"),
+    },
+)
+DRIFTS = Registry(
+    "drift",
+    {
+        "const": ("osmose.processes.modes:ConstDrift", "all modes decay alike"),
+        "published": ("osmose.processes.modes:PublishedDrift", "slowest at middle frequencies"),
+    },
+)
+SPEEDS = Registry(
+    "speed",
+    {
+        "vp": ("osmose.processes.modes:VPSpeed", "that of the variance preserving process"),
+        "published": ("osmose.processes.modes:PublishedSpeed", "grows exponentially"),
+    },
+)
