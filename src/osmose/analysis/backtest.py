@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor
 from osmose.analysis import baselines
 from osmose.analysis.filling import Filled, forecast
 from osmose.data.dataset import DataConfig, Dataset, SeriesForm
-from osmose.data.series import Series, read_table
+from osmose.data.series import Series, table_of
 from osmose.errors import UserError
 from osmose.gaussian.draws import seeded
 from osmose.methods.base import GenerativeModel, OnStep
@@ -49,8 +48,7 @@ def cases_of(config: DataConfig, dataset: Dataset, windows: int, horizon: int) -
         raise UserError(f"windows: {windows} of horizon {horizon} is not valid: both must be at least 1")
     if config.window is None:
         return _of_items(dataset, windows, horizon)
-    path = Path(config.source.partition(":")[2]).expanduser()
-    table = read_table(path, form.time_column, form.id_column, form.columns, form.unit)
+    table = table_of(config)
     found: list[Case] = []
     for series in table.series:
         rows = len(series.times)

@@ -26,6 +26,11 @@ SOURCES = Registry(
             "osmose.data.series:load_series",
             "series:PATH, time series with gaps, a .csv with a time in each row or an .npz",
         ),
+        "etth1": (
+            "osmose.data.series:load_etth1",
+            "hourly loads of a transformer, from ETTh1.csv.gz under --data-root",
+        ),
+        "fx-8": ("osmose.data.series:load_fx8", "eight exchange rates, from the Fed's H.10 file under --data-root"),
         "process": (
             "osmose.data.processes:load_process",
             "process:NAME, simulated series at irregular times: ou, sine, cir, lorenz, predator-prey, sink",

@@ -334,7 +334,7 @@ class Dataset:
 
 #: Sources of images in files of their own, which can be resized, converted, or left out when they are broken.
 _IMAGE_FILES = ("folder", "hub")
-_SERIES = ("series",)
+_SERIES = ("series", "etth1", "fx-8")
 _OF_SERIES = ("time_column", "id_column", "columns", "window", "stride")
 
 

@@ -14,7 +14,7 @@ import csv
 import gzip
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from osmose.data.arrays import Archive
 from osmose.data.assembly import named_path
 from osmose.data.dataset import DataConfig, Dataset, DataSpec, SeriesForm
+from osmose.data.locating import under_root
 from osmose.data.splitting import split_indices
 from osmose.errors import UserError, nearest
 
@@ -67,6 +68,67 @@ class SeriesTable:
     time_column: str
     id_column: str | None
     columns: tuple[str, ...]
+
+
+#: ETTh1 of Zhou et al. 2021: hourly loads and oil temperature; the part that is used in print has 20 months.
+ETTH1_ROWS = 14_400
+#: Eight currencies of the Federal Reserve's H.10 release, from 1990-01-02 on.
+FX8 = ("Australia", "United Kingdom", "Canada", "Switzerland", "China", "Japan", "New Zealand", "Singapore")
+_FX8_FROM = 7306.0
+
+
+def load_etth1(argument: str, config: DataConfig) -> Dataset:
+    """ETTh1 under ROOT/timeseries: 6 loads and the oil temperature of a transformer, its first 14,400 hours.
+
+    Raises:
+        UserError: an argument, no such file, or what `series_dataset` refuses.
+    """
+    return series_dataset("etth1", config, _etth1(argument, config))
+
+
+def load_fx8(argument: str, config: DataConfig) -> Dataset:
+    """Dollars for a unit of 8 currencies under ROOT/timeseries, day by day, counted in rows: holidays have none.
+
+    Rows in which a quotation is missing are left out, as in the benchmark `exchange_rate` that it stands for.
+
+    Raises:
+        UserError: an argument, no such file, or what `series_dataset` refuses.
+    """
+    return series_dataset("fx-8", config, _fx8(argument, config))
+
+
+def _etth1(argument: str, config: DataConfig) -> SeriesTable:
+    table = _named("etth1", argument, config, "ETTh1.csv.gz", None)
+    series = table.series[0]
+    return replace(table, series=(Series("", series.times[:ETTH1_ROWS], series.values[:ETTH1_ROWS]),))
+
+
+def _fx8(argument: str, config: DataConfig) -> SeriesTable:
+    table = _named("fx-8", argument, config, "fed_h10_daily_1971_2017.csv.gz", FX8)
+    series = table.series[0]
+    kept = (series.times >= _FX8_FROM) & np.isfinite(series.values).all(1)
+    values = 1 / series.values[kept]
+    return SeriesTable((Series("", np.arange(len(values), dtype=float), values),), "", "row", None, FX8)
+
+
+def _named(source: str, argument: str, config: DataConfig, file: str, columns: Sequence[str] | None) -> SeriesTable:
+    if argument:
+        raise UserError(f"{source}:{argument}: takes no argument; write {source}")
+    return read_table(under_root(source, config, ["timeseries"], file) / file, columns=columns)
+
+
+def table_of(config: DataConfig) -> SeriesTable:
+    """The table that a data set of windows was cut from.
+
+    Raises:
+        UserError: data that come from none, or a table that cannot be read.
+    """
+    name, _, argument = config.source.partition(":")
+    if name in ("etth1", "fx-8"):
+        return {"etth1": _etth1, "fx-8": _fx8}[name](argument, config)
+    if name != "series":
+        raise UserError(f"data: {config.source} is no table of series")
+    return read_table(named_path("series", argument)[0], config.time_column, config.id_column, config.columns)
 
 
 def load_series(argument: str, config: DataConfig) -> Dataset:

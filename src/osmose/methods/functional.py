@@ -327,8 +327,11 @@ class Functional(GenerativeModel):
         grid = self._grid(sampling)
         return None, self.spec if grid == self.grid else self.spec.replace(shape=(self.spec.shape[0], *grid))
 
-    def times_for(self, draws: Draws) -> Tensor | None:
-        return self.spec.even_times(draws.count)
+    def given_for(self, draws: Draws) -> tuple[Tensor, Tensor] | None:
+        times = self.spec.even_times(draws.count)
+        if times is None:
+            return None
+        return torch.full((draws.count, *self.spec.shape), torch.nan, device=self.device), times
 
     def generate(
         self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: Watch

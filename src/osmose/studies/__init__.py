@@ -59,6 +59,10 @@ STUDIES = Registry(
             "osmose.studies.series_synthetic:SeriesSynthetic",
             "noise correlated in time against white noise, on simulated series at irregular times",
         ),
+        "series-forecast": (
+            "osmose.studies.series_forecast:SeriesForecast",
+            "forecasts of real series against simple ones and those of other libraries",
+        ),
         "vlb": ("osmose.studies.vlb:VLB", "the likelihood bound as the loss: gradient noise, bits, samples"),
     },
 )

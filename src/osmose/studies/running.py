@@ -214,7 +214,7 @@ def do(task: Task) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(mix(task.seed, "measure"))  # nothing that ran before in this process may show
             used_runs = {used.cell.name: Run.open(used.run_folder) for used in task.uses}
-            rows = study.measure(Trained(task.cell, task.seed, dataset, task.device, run, used_runs))
+            rows = study.measure(Trained(task.cell, task.seed, dataset, task.device, run, used_runs, task.data))
     labels = [dict(row.labels) for row in rows]
     if any(label in labels[:index] for index, label in enumerate(labels)):
         raise ValueError(f"two rows have the labels {labels}; labels have to tell the rows of a cell apart")

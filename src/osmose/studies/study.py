@@ -86,6 +86,7 @@ class Trained:
         device: where to sample.
         trained_run: the run folder, or None where nothing was trained.
         used_runs: the run folder of each cell that the cell uses, by name.
+        data: where the dataset was read, for what it does not hold; None where nobody says.
     """
 
     cell: Cell
@@ -94,6 +95,7 @@ class Trained:
     device: torch.device
     trained_run: Run | None
     used_runs: Mapping[str, Run] = field(default_factory=dict)
+    data: DataConfig | None = None
 
     @property
     def run(self) -> Run:
