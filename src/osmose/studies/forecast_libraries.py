@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -79,6 +80,7 @@ def deepar(cases: Sequence[Case], horizon: int, context: int, count: int, seed: 
         start = pandas.Period("2000-01-01 00:00", freq="h")
         return [{"start": start, "target": column, "item_id": str(i)} for i, column in enumerate(values.T)]
 
+    folder = tempfile.TemporaryDirectory()  # it keeps its best weights on disk
     estimator = DeepAREstimator(
         freq="h",
         prediction_length=horizon,
@@ -93,11 +95,11 @@ def deepar(cases: Sequence[Case], horizon: int, context: int, count: int, seed: 
             "accelerator": "cpu",
             "enable_progress_bar": False,
             "enable_model_summary": False,
-            "enable_checkpointing": False,
             "logger": False,
+            "default_root_dir": folder.name,
         },
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), folder:
         warnings.simplefilter("ignore")
         predictor = estimator.train(ListDataset(entries(cases[0].history.values), freq="h"))
         paths = []
