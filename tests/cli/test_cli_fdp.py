@@ -1,5 +1,6 @@
 """Functional diffusion through the commands."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_what_was_trained(osmose):
 @pytest.mark.parametrize("name", ["field", "small"])
 def test_samples_at_another_resolution(osmose, name):
     for side in (8, 16):
-        answer = osmose("sample", name, "-n", 4, f"resolution={side}", "--out", f"x{side}.npz", "--quiet")
+        answer = osmose("sample", name, "-n", 4, "--resolution", side, "--out", f"x{side}.npz", "--quiet")
         assert answer.status == 0, answer
         assert np.load(f"x{side}.npz")["samples"].shape == (4, 1, side, side)
     assert osmose("sample", name, "-n", 4, "resolution=24", "--out", "x.png", "--quiet").status == 0
@@ -105,3 +106,80 @@ def test_a_run_that_was_stopped_is_taken_up_again(osmose, monkeypatch):
 )
 def test_what_is_refused(refused, words, message):
     assert message in refused(*words)
+
+
+def test_completing_items_of_which_something_is_known(osmose):
+    known = np.full((2, 1, 8, 8), np.nan, dtype=np.float32)
+    known[:, :, :3] = 7.5
+    np.savez("known.npz", known=known)
+    answer = osmose("complete", "grid", "known.npz", "--samples", 3, "--out", "made.npz", "--quiet")
+    assert answer.status == 0, answer.err
+    with np.load("made.npz") as made:
+        assert made["samples"].shape == (2, 3, 1, 8, 8)
+        assert np.array_equal(made["samples"][:, :, :, :3], np.broadcast_to(known[:, None, :, :3], (2, 3, 1, 3, 8)))
+        assert np.isfinite(made["samples"]).all()
+        assert np.array_equal(made["known"], known, equal_nan=True)
+
+
+def test_hiding_most_of_whole_items(osmose):
+    assert osmose("sample", "grid", "-n", 3, "--out", "some.npz", "--quiet").status == 0
+    answer = osmose(
+        "complete", "grid", "some.npz", "--keep", 0.25, "--samples", 2, "--out", "x.png", "--quiet", "--json"
+    )
+    assert answer.status == 0, answer.err
+    assert Image.open("x.png").size[0] > 200
+    assert osmose(*words, "--out", "a.npz").status == 0
+    assert osmose(*words, "--out", "b.npz").status == 0
+    with np.load("a.npz") as a, np.load("b.npz") as b, np.load("some.npz") as some:
+        assert np.array_equal(a["samples"], b["samples"])
+        seen = ~np.isnan(a["known"])
+        assert 0.1 < seen.mean() < 0.4
+        assert np.array_equal(a["known"][seen], some["samples"][seen])
+
+
+COMPLETE = ["complete", "grid", "some.npz"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (COMPLETE, r"FILE: some\.npz has no unknown value; nothing to complete \(--keep 0\.2"),
+        ([*COMPLETE, "--keep", "1.5"], r"--keep: 1\.5 is not valid: must be between 0 and 1"),
+        ([*COMPLETE, "--samples", "0"], "--samples: 0 is not valid: must be at least 1"),
+        ([*COMPLETE, "--out", "x.txt"], r"--out: x\.txt is not valid: should end in \.npz"),
+        (["complete", "grid", "odd.npz"], r"odd\.npz: items of shape \(1, 4, 4\); \(1, 8, 8\) are needed"),
+        (["complete", "grid", "high.npz"], r"high\.npz: has values from 99 to 99; the data are in \(0\.0, 16\.0\)"),
+        (["complete", "grid", "inf.npz"], r"inf\.npz: holds infinity; what is not known is NaN"),
+        (["sample", "grid", "--resolution", "16"], "mlp is bound to its grid; uvit and implicit are not"),
+    ],
+)
+def test_what_cannot_be_completed(osmose, words, message):
+    arrays = {"some": np.ones((2, 1, 8, 8)), "odd": np.ones((2, 1, 4, 4)), "high": np.full((1, 1, 8, 8), 99.0)}
+    for name, values in (arrays | {"inf": np.full((1, 1, 8, 8), np.inf)}).items():
+        np.savez(f"{name}.npz", x=values.astype(np.float32))
+    answer = osmose(*words)
+    assert answer.status == 2
+    assert re.search(message, answer.err), answer.err
+
+
+def test_other_methods_do_not_complete(osmose):
+    main(
+        [
+            "train",
+            "ddpm",
+            "--data",
+            "digits",
+            "--network",
+            "mlp",
+            *SHORT[:-5],
+            "--threads",
+            "1",
+            "--quiet",
+            "--out",
+            "plain",
+        ]
+    )
+    np.savez("known.npz", known=np.full((1, 1, 8, 8), np.nan, dtype=np.float32))
+    answer = osmose("complete", "plain", "known.npz")
+    assert answer.status == 2
+    assert "ddpm draws whole items; dspd, cspd and fdp fill in what is missing" in answer.err

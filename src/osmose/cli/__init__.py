@@ -8,6 +8,7 @@ COMMANDS = {
     "sample": ("osmose.cli.sample:Sample", "draw samples from a run: a picture or an .npz"),
     "forecast": ("osmose.cli.forecast:Forecast", "draw what comes after a history: quantiles and a fan chart"),
     "impute": ("osmose.cli.impute:Impute", "fill the gaps of a table of series, with quantiles"),
+    "complete": ("osmose.cli.complete:Complete", "draw whole items from scattered values of them"),
     "backtest": ("osmose.cli.backtest:Backtest", "score forecasts on the end of the data, beside simple ones"),
     "evaluate": ("osmose.cli.evaluate:Evaluate", "score a run's samples against real data"),
     "compare": ("osmose.cli.compare:Compare", "put runs side by side: a table and a Pareto plot"),

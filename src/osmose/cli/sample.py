@@ -52,6 +52,7 @@ class Sample:
         Path | None,
         arg(name="from", metavar="FILE", help="items to translate: .npz, .csv or an image (interpolant, bridge)"),
     ] = None
+    resolution: Annotated[int | None, arg(help="points along the last axis, of fdp with uvit or implicit")] = None
     times: Annotated[
         str | None, arg(metavar="T,T,...|FROM:TO:COUNT", help="times of series; those of training items if not given")
     ] = None
@@ -84,7 +85,8 @@ class Sample:
             raise UserError(f"--out: {self.out} is a folder")
         model = Run.open(self.model).model(device(self.device))
         mids = None if self.t_mid is None else angles(self.t_mid)
-        options = sampling_options(self.overrides, num_steps=self.steps, solver=self.solver, t_mid=mids)
+        said = {"num_steps": self.steps, "solver": self.solver, "t_mid": mids, "resolution": self.resolution}
+        options = sampling_options(self.overrides, **said)
         begin, form = model.ends(model.sampling(**options))  # refuses before anything is created
         start = None if self.from_ is None else self._items(begin, model.config.kind)
         if suffix == ".csv" and form.series is None:

@@ -230,14 +230,38 @@ def load_items(path: Path, spec: DataSpec) -> Tensor:
     Raises:
         UserError: another ending, a file that cannot be read, items of another shape, values that are not finite.
     """
+    items = _items(path, spec, ("samples", *TRAIN_KEYS))
+    require_finite(str(path), "item", items)
+    return items
+
+
+def load_known(path: Path, spec: DataSpec) -> Tensor:
+    """As `load_items`, of values that may be missing: NaN where nothing is known; of an archive `known` comes first.
+
+    Raises:
+        UserError: as `load_items`; infinity, or a value outside the range of the data.
+    """
+    items = _items(path, spec, ("known", "samples", *TRAIN_KEYS))
+    if bool(items.isinf().any()):
+        raise UserError(f"{path}: holds infinity; what is not known is NaN")
+    if spec.range is not None and bool(((items < spec.range[0]) | (items > spec.range[1])).any()):
+        low, high = float(items.nan_to_num(spec.range[0]).min()), float(items.nan_to_num(spec.range[0]).max())
+        raise UserError(f"{path}: has values from {low:g} to {high:g}; the data are in {spec.range}")
+    return items
+
+
+def _items(path: Path, spec: DataSpec, keys: Sequence[str]) -> Tensor:
+    """Items of a known form; of an archive the first of some keys, or the only array."""
     suffix = path.suffix.lower()
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if suffix == ".npz":
         with Archive(path) as archive:
-            key = archive.first(("samples", *TRAIN_KEYS)) or (archive.keys[0] if len(archive.keys) == 1 else None)
+            key = archive.first(keys) or (archive.keys[0] if len(archive.keys) == 1 else None)
             if key is None:
-                raise UserError(f"{path}: no array samples or x; it holds {', '.join(archive.keys) or 'nothing'}")
+                raise UserError(
+                    f"{path}: no array {' or '.join(keys[:2])}; it holds {', '.join(archive.keys) or 'nothing'}"
+                )
             values = archive[key]
         if values.dtype.kind not in "uif" or not values.size:
             raise UserError(f"{path}: array {key!r} has dtype {values.dtype}, shape {values.shape}; numbers are needed")
@@ -256,7 +280,6 @@ def load_items(path: Path, spec: DataSpec) -> Tensor:
         raise UserError(f"{path}: should end in .npz, .csv, .png, .jpg, .jpeg or .webp")
     if tuple(items.shape[1:]) != spec.shape:
         raise UserError(f"{path}: items of shape {tuple(items.shape[1:])}; {spec.shape} are needed")
-    require_finite(str(path), "item", items)
     return items
 
 

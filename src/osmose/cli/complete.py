@@ -1,0 +1,124 @@
+"""`osmose complete`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, Suppress, arg
+
+from osmose.cli.command import Result, quiet_warnings, sampling_options
+from osmose.errors import UserError
+from osmose.training.progress import sampling_bar
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+#: Items in a picture, a row each.
+_ROWS = 12
+
+
+@dataclass
+class Complete:
+    """Draw whole items from scattered values of them.
+
+    FILE is an .npz whose array (`known`, `samples` or `x`) has items of the run's data, NaN where nothing is known, or
+    whole ones (an image, too) of which --keep says what share of the points is shown to the model. Writes an .npz with
+    `known` (n, ...) and `samples` (n, SAMPLES, ...), or a picture: a row for each item, what is known and what was
+    made of it. Tables of series with a time column are filled by osmose impute.
+    """
+
+    model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder, of fdp, dspd or cspd")]
+    file: Annotated[Positional[Path], arg(metavar="FILE", help="what is known: .npz or an image")]
+    samples: Annotated[int, arg(help="completions of each item")] = 5
+    keep: Annotated[
+        float | None, arg(help="share of the points of whole items that is known, chosen at random; all that is there")
+    ] = None
+    out: Annotated[Path, arg(help="where to write: .png, .jpg, .webp or .npz")] = Path("completed.png")
+    steps: Annotated[int | None, arg(help="solver steps; the method's own number if not given")] = None
+    solver: Annotated[str | None, arg(help="of the method: of fdp posterior, em, pf-ode, pc")] = None
+    label: Annotated[int | None, arg(help="class of all items (conditional models)")] = None
+    seed: Annotated[int, arg(help="same seed, same samples")] = 0
+    batch_size: Annotated[int | None, arg(help="samples computed together")] = None
+    device: Annotated[str, arg(help="cpu, cuda or mps; auto takes the fastest there is")] = "auto"
+    quiet: Annotated[bool, arg(help="no progress")] = False
+    json: Annotated[bool, arg(help="print the result as JSON")] = False
+    overrides: Suppress[dict[str, Any]] = field(default_factory=dict)
+
+    def run(self) -> Result:
+        """Complete, write, answer."""
+        import numpy as np
+        import torch
+
+        from osmose.cli.devices import device
+        from osmose.data.arrays import load_known
+        from osmose.data.pictures import has_picture
+        from osmose.gaussian.draws import seeded
+        from osmose.training import files
+        from osmose.training.run import Run
+
+        suffix = self.out.suffix.lower()
+        if suffix not in (*_PICTURES, ".npz"):
+            raise UserError(f"--out: {self.out} is not valid: should end in .npz, {', '.join(_PICTURES)}")
+        if self.samples < 1:
+            raise UserError(f"--samples: {self.samples} is not valid: must be at least 1")
+        if self.keep is not None and not 0 <= self.keep <= 1:
+            raise UserError(f"--keep: {self.keep} is not valid: must be between 0 and 1")
+        model = Run.open(self.model).model(device(self.device))
+        options = sampling_options(self.overrides, num_steps=self.steps, solver=self.solver)
+        form = model.ends(model.sampling(**options))[1]
+        if suffix != ".npz" and (form.kind != "image" or not has_picture(form)):
+            raise UserError(f"--out: {self.out} is not valid: {form.kind} of shape {form.shape} go to an .npz")
+        known = load_known(self.file, form)
+        if suffix != ".npz":
+            known = known[:_ROWS]
+        if self.keep is not None:
+            # A point is known in all channels or in none.
+            drawn = torch.rand(len(known), 1, *form.shape[1:], generator=seeded(self.seed, "keep"))
+            known = torch.where(drawn < self.keep, known, torch.nan)
+        if not bool(known.isnan().any()):
+            raise UserError(
+                f"FILE: {self.file} has no unknown value; nothing to complete (--keep 0.2 hides most of them)"
+            )
+        count = len(known) * self.samples
+        repeated = known.repeat_interleave(self.samples, 0)
+        with quiet_warnings(), sampling_bar("completing", not (self.quiet or self.json)) as on_step:
+            made = model.sample(
+                count,
+                known=repeated,
+                times=None if form.series is None else form.even_times(1)[0],  # type: ignore[index]
+                condition=self.label,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                on_step=on_step,
+                **options,
+            )
+        whole = made.data.unflatten(0, (len(known), self.samples))
+        if suffix == ".npz":
+            with files.replacing(self.out) as temporary, temporary.open("wb") as file:
+                np.savez(file, known=known.numpy(), samples=whole.numpy())
+        else:
+            self._draw(known, whole, form)
+        values = {
+            "out": str(self.out),
+            "items": len(known),
+            "samples": self.samples,
+            "nfe": made.nfe,
+            "seed": self.seed,
+        }
+        first = f"wrote {self.out}: {len(known)} items, {self.samples} completions of {made.nfe} evaluations each"
+        return Result(values | {"seed": self.seed}, [first], f"osmose sample {self.model} -n 64 --out samples.png")
+
+    def _draw(self, known: Any, whole: Any, form: Any) -> None:
+        """A row for each item: what is known, in grey where nothing is, and the completions."""
+        import torch
+
+        from osmose.data.pictures import image_grid
+        from osmose.training import files
+
+        assert form.range is not None
+        grey = sum(form.range) / 2
+        rows = torch.cat([torch.where(known.isnan(), grey, known)[:, None], whole], 1)
+        image = image_grid(rows.flatten(0, 1), form, columns=rows.shape[1])
+        suffix = self.out.suffix.lower()
+        with files.replacing(self.out) as temporary:
+            image.save(temporary, format="jpeg" if suffix in (".jpg", ".jpeg") else suffix[1:])
