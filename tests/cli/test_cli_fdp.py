@@ -123,9 +123,8 @@ def test_completing_items_of_which_something_is_known(osmose):
 
 def test_hiding_most_of_whole_items(osmose):
     assert osmose("sample", "grid", "-n", 3, "--out", "some.npz", "--quiet").status == 0
-    answer = osmose(
-        "complete", "grid", "some.npz", "--keep", 0.25, "--samples", 2, "--out", "x.png", "--quiet", "--json"
-    )
+    words = ["complete", "grid", "some.npz", "--keep", 0.25, "--quiet"]
+    answer = osmose(*words, "--samples", 2, "--out", "x.png", "--json")
     assert answer.status == 0, answer.err
     assert Image.open("x.png").size[0] > 200
     assert osmose(*words, "--out", "a.npz").status == 0
@@ -163,22 +162,7 @@ def test_what_cannot_be_completed(osmose, words, message):
 
 
 def test_other_methods_do_not_complete(osmose):
-    main(
-        [
-            "train",
-            "ddpm",
-            "--data",
-            "digits",
-            "--network",
-            "mlp",
-            *SHORT[:-5],
-            "--threads",
-            "1",
-            "--quiet",
-            "--out",
-            "plain",
-        ]
-    )
+    main(["train", "ddpm", "--data", "digits", "--network", "mlp", *SHORT, "--out", "plain"])
     np.savez("known.npz", known=np.full((1, 1, 8, 8), np.nan, dtype=np.float32))
     answer = osmose("complete", "plain", "known.npz")
     assert answer.status == 2
