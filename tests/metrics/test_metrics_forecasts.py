@@ -29,7 +29,7 @@ def test_the_quantile_loss_is_its_formula():
     paths, truth = drawn(2, 200, 1, 3), drawn(2, 1, 3, seed=1)
     losses = []
     for tau in LEVELS:
-        q = paths.quantile(tau, dim=1)
+        q = paths.sort(dim=1).values[:, round(199 * tau)]
         below = (truth < q).double()
         losses.append(float((2 * (truth - q) * (tau - below)).sum() / truth.abs().sum()))
     assert weighted_quantile_loss(paths, truth) == pytest.approx(sum(losses) / 19)

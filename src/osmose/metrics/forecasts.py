@@ -30,12 +30,18 @@ def weighted_quantile_loss(paths: Tensor, truth: Tensor) -> float:
     """The `crps` of paths (W, S, C, H) and truth (W, C, H)."""
     known = truth.isfinite()
     y = truth.double()[known]
-    quantiles = paths.double().quantile(torch.tensor(LEVELS, dtype=torch.float64), dim=1)
+    quantiles = _quantiles(paths, LEVELS)
     losses = []
     for tau, q in zip(LEVELS, quantiles, strict=True):
         below = q[known]
         losses.append(2 * ((y - below) * (tau - (y < below).double())).sum() / y.abs().sum())
     return float(torch.stack(losses).mean())
+
+
+def _quantiles(paths: Tensor, levels: tuple[float, ...]) -> Tensor:
+    """Quantiles of the samples as GluonTS takes them, the nearest sample in order: float64 (levels, W, C, H)."""
+    places = [round((paths.shape[1] - 1) * level) for level in levels]
+    return paths.double().sort(dim=1).values[:, places].transpose(0, 1)
 
 
 def energy_score(paths: Tensor, truth: Tensor) -> float:
@@ -69,7 +75,7 @@ def forecast_scores(paths: Tensor, truth: Tensor, last: Tensor, scale: Tensor) -
         raise UserError("paths: hold NaN or infinity")
     known = truth.isfinite()
     y, size = truth[known].double(), truth[known].double().abs()
-    median, mean = paths.double().quantile(0.5, dim=1)[known], paths.double().mean(1)[known]
+    median, mean = _quantiles(paths, (0.5,))[0][known], paths.double().mean(1)[known]
     whole = known.all(1)  # times at which all columns are known
     total = torch.where(whole, truth.nan_to_num().sum(1), torch.nan)
     scores = {

@@ -1,0 +1,1 @@
+"""Conventions of other libraries, at the edge: nothing else here needs them."""
