@@ -17,7 +17,16 @@ from osmose.training.run import Run
 from osmose.training.trainer import Trainer
 
 MLP = ["--network", "mlp", "network.width=16", "network.depth=1", "sampling.num_steps=4"]
-SHORT = ["training.batch_size=8", "training.preview_samples=4", "--steps", "5", "--threads", "1", "--quiet"]
+SHORT = [
+    "training.batch_size=8",
+    "training.preview_samples=4",
+    "--steps",
+    "5",
+    "--threads",
+    "1",
+    "--quiet",
+    "training.validate_every=1",
+]
 RNG = np.random.default_rng(0)
 ROWS = RNG.standard_normal((60, 2))
 WORDS = {

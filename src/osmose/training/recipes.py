@@ -93,9 +93,10 @@ def training_for(spec: DataSpec, steps: Any = None) -> dict[str, Any]:
         "steps": length,
         "ema": round(min(0.9999, max(0.9, 1 - 10 / length)), 6),
         "warmup": min(1000, length // 20),
-        "validate_every": max(1, length // 12),
-        "preview_every": max(1, length // 4),
-        "checkpoint_every": max(1, length // 10),
+        # Of a run of a few steps, what is written on the way would cost more than the steps.
+        "validate_every": max(10, length // 12),
+        "preview_every": max(25, length // 4),
+        "checkpoint_every": max(25, length // 10),
     }
 
 
