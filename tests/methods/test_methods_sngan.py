@@ -257,6 +257,6 @@ def test_bad_input_is_refused():
     with pytest.raises(UserError, match="needs data with classes"):
         SNGANConfig(conditional=True).build(POINTS)
     with pytest.raises(UserError, match="not for events of shape"):
-        SNGANConfig().build(DataSpec(kind="series", shape=(2, 8)))
+        SNGANConfig().build(DataSpec(kind="function", shape=(2, 8)))
     with pytest.raises(UserError, match="num_steps: 3 given, but sngan samples in one go"):
         build().sample(1, num_steps=3)

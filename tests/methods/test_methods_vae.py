@@ -210,6 +210,6 @@ def test_bad_input_is_refused():
     with pytest.raises(UserError, match="needs data with classes"):
         VAEConfig(conditional=True).build(POINTS)
     with pytest.raises(UserError, match="not for events of shape"):
-        VAEConfig().build(DataSpec(kind="series", shape=(2, 8)))
+        VAEConfig().build(DataSpec(kind="function", shape=(2, 8)))
     with pytest.raises(UserError, match="num_steps: 3 given, but vae samples in one go"):
         build().sample(1, num_steps=3)

@@ -37,7 +37,13 @@ class School(Study):
         return (0, 2)
 
     def cells(self):
-        few = {"schedule": self.schedule, "steps": 6, "training.batch_size": 8, **self.extra}
+        few = {
+            "schedule": self.schedule,
+            "steps": 6,
+            "training.batch_size": 8,
+            "training.checkpoint_every": 1,
+            **self.extra,
+        }
         return [
             Cell("student", "tract", "digits", few, uses=("teacher",)),
             Cell("teacher", "ddpm", "digits", CHAIN | {"training.steps": self.steps}),
