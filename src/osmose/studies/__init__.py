@@ -63,6 +63,10 @@ STUDIES = Registry(
             "osmose.studies.series_forecast:SeriesForecast",
             "forecasts of real series against simple ones and those of other libraries",
         ),
+        "series-imputation": (
+            "osmose.studies.series_imputation:SeriesImputation",
+            "gaps of real series filled by diffusion, straight lines and Gaussian processes",
+        ),
         "vlb": ("osmose.studies.vlb:VLB", "the likelihood bound as the loss: gradient noise, bits, samples"),
     },
 )
