@@ -67,6 +67,10 @@ STUDIES = Registry(
             "osmose.studies.series_imputation:SeriesImputation",
             "gaps of real series filled by diffusion, straight lines and Gaussian processes",
         ),
+        "functional": (
+            "osmose.studies.functional:FunctionalStudy",
+            "diffusion of functions: parameters against score, other resolutions, noise that has a limit",
+        ),
         "vlb": ("osmose.studies.vlb:VLB", "the likelihood bound as the loss: gradient noise, bits, samples"),
     },
 )
