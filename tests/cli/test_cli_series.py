@@ -64,7 +64,7 @@ def test_what_was_trained():
     assert (form.columns, form.unit, form.gap, form.regular, form.from_first) == (("a", "b"), "hours", 1.0, True, True)
     assert (run.config.method.kind, run.config.method.task, run.config.method.horizon) == ("dspd", "any", 6)
     assert run.config.method.kernel.kind == "ou"
-    assert run.config.method.kernel.length_scale == pytest.approx(form.memory, rel=0.01)
+    assert run.model().kernel.length_scale == pytest.approx(form.memory, rel=0.01)
     assert run.config.identity.source == "series:hours.csv"
     assert all((Path(name) / "samples" / "step_00000004.png").is_file() for name in ("hours", "ahead", "many"))
 

@@ -92,7 +92,11 @@ def test_dates_become_numbers_of_the_largest_unit(tmp_path):
     assert table.unit == "days"
     assert np.diff(table.series[0].times).tolist() == [1.0, 1.0]
     assert format_time(float(table.series[0].times[1]), "days") == "2024-02-29"
-    assert format_time(0.25, "") == "0.25"
+    assert [format_time(t, "") for t in (0.25, 1700000000123.0, 1700000000.123)] == [
+        "0.25",
+        "1700000000123",
+        "1700000000.123",
+    ]
 
 
 def test_rows_in_any_order_and_missing_cells(tmp_path):
@@ -139,6 +143,8 @@ REFUSED = [
     ("t,x\n1,2\n1,3\n2,4\n", {}, "lines 2 and 3 have one time; each can occur once"),
     ("t,x\n1,2\ntwo,3\n", {}, "line 3, column 't': 'two' is no finite number"),
     ("t,x\n2024-01-01,2\n5,3\n", {}, "line 3, column 't': '5' is no date"),
+    ("t,x\n2024-01-01T00:00+02:00,2\n", {}, "is no date, .* all of one clock and without an offset"),
+    ("t,x\n20240131,2\n20240201,3\n", {}, "column 't' has dates like 20240131; write them as 2024-05-31"),
     ("t,x\n1,2\n2,inf\n", {}, "line 3, column 'x': 'inf' is not a finite number; leave a missing value empty"),
     ("t,x\n1,2\n2,abc\n", {}, "line 3, column 'x': 'abc' is not a finite number"),
     ("t,x\n1,2\n2,3,4\n", {}, "line 3 has 3 cells where the header has 2"),
@@ -184,6 +190,8 @@ def test_archives_and_files_that_cannot_be(tmp_path):
         ({"x": np.where(np.arange(5)[:, None, None] == 2, np.nan, x), "times": t}, r"'x'\[2\] has no value at all"),
         ({"x": x, "times": t, "columns": ["a", "b"]}, "2 names of columns for 1 columns"),
         ({"x": x}, "no array 'times'"),
+        ({"x": x[..., :1], "times": t[:1]}, "'x' has one time; series need at least 2"),
+        ({"x": x + t, "times": t, "test": np.zeros((2, 3, 4)), "test_times": t}, "'test' has 3 columns, and 'x' 1"),
     ]
     for arrays, message in cases:
         np.savez(tmp_path / "a.npz", **arrays)
@@ -191,6 +199,9 @@ def test_archives_and_files_that_cannot_be(tmp_path):
             load(tmp_path / "a.npz")
     with pytest.raises(UserError, match=r"should end in \.csv, \.csv\.gz or \.npz"):
         load(write(tmp_path, "t,x\n1,2\n", "t.txt"))
+    np.savez(tmp_path / "a.npz", x=x, times=t)
+    with pytest.raises(UserError, match=r"columns: .* given, and the series of series:a\.npz, an archive"):
+        load(tmp_path / "a.npz", columns=["x"])
     with pytest.raises(UserError, match=r"window: 4 is for series: data"):
         DataConfig.parse({"source": "digits", "window": 4}).load()
 
@@ -202,3 +213,23 @@ def test_dates_where_numbers_were_learned(tmp_path):
     path = write(tmp_path, "t,x\n1,1\n2,2\n")
     with pytest.raises(UserError, match="column 't' holds numbers; needed are dates, in days"):
         read_table(path, unit="days")
+
+
+def test_windows_without_a_value_are_left_out_and_a_part_of_them_is_refused(tmp_path):
+    rows = [f"{i},{'' if i >= 90 else i % 7}" for i in range(100)]
+    with pytest.raises(UserError, match="the held-out part has no window with a value in it"):
+        load(write(tmp_path, "t,x\n" + "\n".join(rows)), window=8)
+
+
+def test_times_that_differ_by_rounding_are_alike(tmp_path):
+    text = "t,x\n" + "\n".join(f"{i / 10},{i % 7}" for i in range(100))
+    form = load(write(tmp_path, text), window=8).spec.series
+    assert form.regular
+    assert form.times == pytest.approx([i / 10 for i in range(8)])
+
+
+def test_common_times_need_not_be_even(tmp_path):
+    x, t = np.random.default_rng(0).normal(size=(20, 1, 4)), np.array([0.0, 1, 2, 9])
+    np.savez(tmp_path / "a.npz", x=x, times=t)
+    spec = load(tmp_path / "a.npz").spec
+    assert spec.some_times(2).tolist() == [[0, 1, 2, 9]] * 2

@@ -1,6 +1,7 @@
 """GluonTS at the edge: its data sets, its predictors, its evaluator."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def test_a_run_learns_from_a_list_of_dicts(run):
     config = run.config
     assert (config.method.task, config.method.horizon, config.data.window) == ("forecast", 5, 20)
     assert config.spec.series.columns == ("x0",)
-    assert run.folder.with_suffix(".csv").read_text().splitlines()[:2][0] == "item,step,x0"
+    assert Path(f"{run.folder}.csv").read_text().splitlines()[:2][0] == "item,step,x0"
 
 
 def test_a_run_is_a_predictor_for_the_evaluator(run):

@@ -237,7 +237,7 @@ def test_a_single_step_is_the_estimate_at_the_end():
 
 @pytest.mark.parametrize(
     ("spec", "resolution", "shape"),
-    [(LINE, 16, (1, 16)), (LINE, 6, (1, 6)), (IMAGES, 9, (2, 6, 9)), (IMAGES, 6, (2, 4, 6)), (LINE, None, (1, 8))],
+    [(LINE, 16, (1, 16)), (LINE, 12, (1, 12)), (IMAGES, 9, (2, 6, 9)), (LINE, None, (1, 8))],
 )
 @pytest.mark.parametrize("network", [UVIT, IMPLICIT], ids=lambda n: n.kind)
 def test_samples_on_other_grids(spec, resolution, shape, network):
@@ -415,6 +415,10 @@ def test_the_recipe():
         ),
         ({"network": UVIT.replace(patch=2), "sampling": {"resolution": 12}}, "resolution: 12 is no multiple of 8"),
         ({"spec": IMAGES, "sampling": {"resolution": 8}}, "resolution: 8 points to 6 leave no whole number"),
+        (
+            {"sampling": {"resolution": 4}},
+            "resolution: 4 is below that of the data, 8; draw at theirs",
+        ),
         ({"sampling": {"resolution": 5000}}, r"sampling.grid: \(5000,\) is not valid"),
     ],
 )

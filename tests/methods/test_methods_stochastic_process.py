@@ -1,6 +1,7 @@
 """Diffusion of series: equal to diffusion of whitened series, exact on Gaussian processes, and what is refused."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -345,6 +346,44 @@ def test_a_forecast_leaves_gaps_before_it_alone():
     assert made.isfinite().tolist() == [True, False, True, True, True]
 
 
+@pytest.mark.parametrize("kind", ["v", "eps"])
+def test_absent_values_add_nothing_to_a_density(kind):
+    model = built("cspd", task="generate", regular=False, parametrization=kind, length=12)
+    for parameter in model.denoiser.network.body.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    x0, times = drawn(2, length=12), irregular(2, length=12)
+    x0[:, :, 6:], short_times = math.nan, times[:, :6].clone()
+    times[:, 6:] = math.nan
+    long = model.bound(Batch(x0, times=times), SampleDraws(0, 0, 2), _quiet, num_steps=10)
+    short = model.bound(Batch(x0[:, :, :6], times=short_times), SampleDraws(0, 0, 2), _quiet, num_steps=10)
+    a, b = (terms.prior + terms.steps.sum(1) for terms in (long, short))
+    assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_items_without_a_history_are_not_kept_to_go_on_from():
+    model = built(task="forecast", regular=False).float()
+    x0, times = drawn(64).float(), irregular(64)
+    x0[::2, :, :5] = math.nan
+    model.prepare([Batch(x0, times=times)])
+    assert model.sample(30, num_steps=2).data[..., 5:].isfinite().all()
+    x0[:, :, :5] = math.nan
+    with pytest.raises(UserError, match="horizon: 3 is not valid: no series has a value before its last 3 times"):
+        model.prepare([Batch(x0, times=times)])
+
+
+@pytest.mark.parametrize(
+    ("times", "words"), [([0.0, 500.0, 5000.0], "cover 5000, and those of training"), ([0.0, 1e-4], "apart, and those")]
+)
+def test_times_unlike_those_of_training_are_complained_of(times, words):
+    model = built(task="generate").float()
+    model.prepare([Batch(drawn().float(), times=grid(4))])
+    with pytest.warns(UserWarning, match=words):
+        model.sample(1, num_steps=2, times=times)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.sample(1, num_steps=2, times=grid()[0])
+
+
 def test_one_compiled_network_and_one_probe():
     model = built(columns=2)
     model.float().probe(3)
@@ -354,7 +393,10 @@ def test_one_compiled_network_and_one_probe():
 REFUSED = [
     ({"horizon": 8}, r"horizon: 8 is not valid: items have 8 times, and some must be known"),
     ({"local": True, "task": "generate"}, "local: true measures from what is known"),
-    ({"kernel": {"kind": "brownian"}}, r"kernel\.origin: 0 is not valid: must lie before the first time, 0"),
+    (
+        {"kernel": {"kind": "brownian", "origin": 0.0}},
+        r"kernel\.origin: 0 is not valid: must lie before the first time",
+    ),
     ({"sampling": {"num_steps": 200}}, r"sampling\.num_steps: 200 is more than the 100 steps"),
 ]
 

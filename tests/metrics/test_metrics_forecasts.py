@@ -47,16 +47,16 @@ def test_the_energy_score_is_least_for_the_right_law():
 
 
 def test_only_whole_paths_see_correlation_in_time():
-    walks = drawn(600, 1, 1, 20).cumsum(3)
+    walks = drawn(300, 1, 1, 20).cumsum(3)
     loose = torch.stack(
-        [walks[torch.randperm(600, generator=torch.Generator().manual_seed(i))][..., i] for i in range(20)], 3
+        [walks[torch.randperm(300, generator=torch.Generator().manual_seed(i))][..., i] for i in range(20)], 3
     )
-    truth, last = walks[:200, 0], torch.zeros(200, 1, dtype=torch.float64)
-    right, wrong = walks[200:, 0][None].expand(200, -1, -1, -1), loose[200:, 0][None].expand(200, -1, -1, -1)
+    truth, last = walks[:60, 0], torch.zeros(60, 1, dtype=torch.float64)
+    right, wrong = walks[60:, 0][None].expand(60, -1, -1, -1), loose[60:, 0][None].expand(60, -1, -1, -1)
     a, b = (forecast_scores(paths, truth, last, torch.ones(1)) for paths in (right, wrong))
     for blind in ("crps", "nd", "energy"):
-        assert a[blind] == pytest.approx(b[blind], rel=0.05)
-    assert a["steps"] == pytest.approx(1, abs=0.1)
+        assert a[blind] == pytest.approx(b[blind], rel=0.1)
+    assert a["steps"] == pytest.approx(1, abs=0.2)
     assert b["steps"] > 5
     assert a["path_energy"] < b["path_energy"]
 
@@ -67,9 +67,8 @@ def test_missing_truth_counts_for_nothing():
     gaps[:, :, 3] = math.nan
     short = forecast_scores(paths[..., :3], truth[..., :3], truth[..., 0], torch.ones(2))
     long = forecast_scores(paths, gaps, truth[..., 0], torch.ones(2))
-    for name in ("crps", "crps_sum", "nd", "nrmse", "path_energy", "steps"):
-        assert long[name] == pytest.approx(short[name]), name
-    assert long["energy"] == pytest.approx(short["energy"] * 3 / 4)
+    for name, value in short.items():
+        assert long[name] == pytest.approx(value), name
 
 
 def test_paths_that_cannot_be_scored():

@@ -372,7 +372,6 @@ def test_the_preset_fits_its_data(event_shape):
     assert out.shape == (2, *event_shape)
 
 
-@pytest.mark.parametrize("event_shape", [(3, 4), (1, 2, 3, 4)])
-def test_no_preset_for_other_data(event_shape):
+def test_no_preset_for_other_data():
     with pytest.raises(UserError, match="none is known for events of shape"):
-        network_for(event_shape)
+        network_for((1, 2, 3, 4))

@@ -85,7 +85,7 @@ def test_closed_forms_of_the_kernels():
     t = torch.tensor([[0.5, 2.0]], dtype=torch.float64)
     assert float(OUKernel(length_scale=2.0).covariance(t)[0, 0, 1]) == pytest.approx(math.exp(-0.75))
     assert float(GPKernel(length_scale=2.0, jitter=0.0).covariance(t)[0, 0, 1]) == pytest.approx(math.exp(-0.5625))
-    assert float(BrownianKernel(length_scale=2.0).covariance(t)[0, 0, 1]) == pytest.approx(0.25)
+    assert float(BrownianKernel(length_scale=2.0, origin=0.0).covariance(t)[0, 0, 1]) == pytest.approx(0.25)
     a = math.sqrt(3) * 0.75
     matern = KERNELS.parse({"kind": "matern32", "length_scale": 2.0, "jitter": 0.0})
     assert float(matern.covariance(t)[0, 0, 1]) == pytest.approx((1 + a) * math.exp(-a))
@@ -151,7 +151,7 @@ def test_other_bad_values():
     with pytest.raises(ConfigError, match="length_scale: 0 is not valid: should be greater than 0"):
         OUKernel.parse({"length_scale": 0})
     with pytest.raises(UserError, match=r"kernel\.origin: 0 is not valid: must lie before the first time, 0"):
-        BrownianKernel().factor(torch.tensor([[0.0, 1.0]], dtype=torch.float64))
+        BrownianKernel(length_scale=1.0, origin=0.0).factor(torch.tensor([[0.0, 1.0]], dtype=torch.float64))
     with pytest.raises(ValueError, match="times must be float64"):
         check_times(torch.zeros(2, 3))
 
@@ -240,7 +240,21 @@ def test_a_walk_joins_on_to_what_is_known_last():
     t = torch.arange(1.0, 9.0, dtype=torch.float64)[None]
     known = (t < 4)[:, None]
     values = torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    factor = BrownianKernel(length_scale=2.0).factor(t, ~known, known)
+    factor = BrownianKernel(length_scale=2.0, origin=0.0).factor(t, ~known, known)
     assert torch.allclose(factor.expect(values)[0, 0, 3:], values[0, 0, 2].expand(5))
     drawn = factor.color(torch.randn(1, 100_000, 8, generator=torch.Generator().manual_seed(10), dtype=torch.float64))
     assert torch.allclose(drawn[0].var(0)[3:], (t[0, 3:] - 3) / 2, rtol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["ou", "brownian", "gp", "matern32", "matern52"])
+def test_what_is_left_open_is_taken_from_the_data(kind):
+    left = KERNELS.parse(kind)
+    with pytest.raises(UserError, match=r"needs one: it is null, and there are no data to tell"):
+        left.factor(times())
+    found = left.fitted(0.31234, 5.0)
+    assert found.length_scale == 0.312
+    assert KERNELS.parse({"kind": kind, "length_scale": 2.0}).fitted(0.3, 5.0).length_scale == 2.0
+    if kind == "brownian":
+        assert found.origin == pytest.approx(5 - 0.312)
+    assert found.factor(times() + 5).log_det().isfinite().all()
+    assert WhiteKernel().fitted(0.3, 5.0) == WhiteKernel()

@@ -153,7 +153,8 @@ def contest(
         simple_forecasts(case, form, model.spec.shape[1], num_samples, period, seed + i) for i, case in enumerate(cases)
     ]
     paths = {name: torch.stack([filled.samples[..., -horizon:] for filled in drawn])}
-    paths |= {kind: torch.stack([made[kind] for made in simple]).float() for kind in simple[0]}
+    shared = [kind for kind in simple[0] if all(kind in made for made in simple)]
+    paths |= {kind: torch.stack([made[kind] for made in simple]).float() for kind in shared}
     truth = torch.stack([torch.from_numpy(case.future.values.T).float() for case in cases])
     last = torch.stack([baselines.last_known(_columns(case.history)).float() for case in cases])
     return Contest(paths, truth, last, drawn[0])
@@ -166,22 +167,23 @@ def _columns(series: Series) -> Tensor:
 def simple_forecasts(
     case: Case, form: SeriesForm, longest: int, count: int, period: int | None, seed: int
 ) -> dict[str, Tensor]:
-    """Forecasts that need no training, by name, float64 (count, C, H)."""
+    """Forecasts that need no training, by name, float64 (count, C, H); walks and seasons pass over gaps in a line."""
     generator = seeded(seed, "baselines")
     history, horizon = _columns(case.history), len(case.future.times)
+    whole = baselines.linear(history, torch.from_numpy(case.history.times))
     found = {"last": baselines.last_value(history, horizon, count).double()}
     times = torch.from_numpy(np.concatenate([case.history.times[-longest + horizon :], case.future.times]))
     gaps = times.diff()
     if float(gaps.max()) < 1.5 * float(gaps.min()) or form.unit == "days":  # a walk by rows: weekends are one step
-        found["walk"] = baselines.walk(history, horizon, count, generator)
+        found["walk"] = baselines.walk(whole, horizon, count, generator)
     if period is not None:
-        found["seasonal"] = baselines.seasonal(history, horizon, period, count).double()
-        found["seasonal-walk"] = baselines.seasonal_walk(history, horizon, period, count, generator)
+        found["seasonal"] = baselines.seasonal(whole, horizon, period, count).double()
+        found["seasonal-walk"] = baselines.seasonal_walk(whole, horizon, period, count, generator)
     recent = history[:, -longest + horizon :].double()
     known = recent.isfinite()
     mean = torch.where(known, recent, 0).sum(1) / known.sum(1).clamp(min=1)
     spread = torch.where(known, recent - mean[:, None], 0).square().sum(1) / known.sum(1).clamp(min=1)
     scale = spread.sqrt().clamp(min=1e-9)
-    whole = torch.cat([recent, torch.full((len(recent), horizon), torch.nan)], 1)
-    found["kriging"] = baselines.kriging(whole, times, mean, scale, form.memory, count, generator)[..., -horizon:]
+    asked = torch.cat([recent, torch.full((len(recent), horizon), torch.nan)], 1)
+    found["kriging"] = baselines.kriging(asked, times, mean, scale, form.memory, count, generator)[..., -horizon:]
     return found

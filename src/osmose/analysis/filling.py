@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,6 +83,9 @@ def forecast(
         raise UserError(
             f"horizon: {len(ahead)} times asked for, and items of this run have {longest}: some must be history"
         )
+    rows = np.isfinite(history.values).any(1).nonzero()[0]
+    if len(rows):  # what is empty at the end is neither known nor asked for
+        history = Series(history.name, history.times[: rows[-1] + 1], history.values[: rows[-1] + 1])
     before = torch.from_numpy(history.times[-seen:])
     if not float(ahead[0]) > float(before[-1]) or bool((ahead.diff() <= 0).any()):
         raise UserError(f"times: of a forecast have to ascend from after {float(before[-1]):g}, the history's last")

@@ -79,13 +79,16 @@ class Complete:
             raise UserError(
                 f"FILE: {self.file} has no unknown value; nothing to complete (--keep 0.2 hides most of them)"
             )
+        times = None if form.series is None else self._times(form, len(known))
+        if times is not None:
+            times = times.repeat_interleave(self.samples, 0)
         count = len(known) * self.samples
         repeated = known.repeat_interleave(self.samples, 0)
         with quiet_warnings(), sampling_bar("completing", not (self.quiet or self.json)) as on_step:
             made = model.sample(
                 count,
                 known=repeated,
-                times=None if form.series is None else form.even_times(1)[0],  # type: ignore[index]
+                times=times,
                 condition=self.label,
                 seed=self.seed,
                 batch_size=self.batch_size,
@@ -107,6 +110,15 @@ class Complete:
         }
         first = f"wrote {self.out}: {len(known)} items, {self.samples} completions of {made.nfe} evaluations each"
         return Result(values | {"seed": self.seed}, [first], f"osmose sample {self.model} -n 64 --out samples.png")
+
+    def _times(self, form: Any, count: int) -> Any:
+        """Times of the series of FILE, float64 (n, L): its own, or those that all series of the run have."""
+        from osmose.data.arrays import load_times
+
+        found = load_times(self.file, count)
+        if found is None and not form.series.regular:
+            raise UserError(f"FILE: {self.file} has no array times, and series of this run have times of their own")
+        return form.some_times(count) if found is None else found
 
     def _draw(self, known: Any, whole: Any, form: Any) -> None:
         """A row for each item: what is known, in grey where nothing is, and the completions."""

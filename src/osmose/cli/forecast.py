@@ -90,7 +90,7 @@ class Forecast:
                     series,
                     times,
                     num_samples=self.samples,
-                    seed=self.seed,
+                    seed=self.seed + index,
                     batch_size=self.batch_size,
                     on_step=report,
                     **options,
@@ -117,12 +117,9 @@ class Forecast:
 
 def _times_of(path: Path, time_column: str, unit: str) -> Any:
     """The times of a table, float64 (H,), whatever else stands in it."""
-    import torch
+    from osmose.data.series import times_in
 
-    from osmose.data.series import read_table
-
-    table = read_table(path, time_column, None, None, unit)
-    return torch.from_numpy(table.series[0].times)
+    return times_in(path, time_column, unit)
 
 
 def _write_paths(path: Path, found: Any, horizon: int) -> None:

@@ -80,7 +80,7 @@ class Impute:
                     model,
                     series,
                     num_samples=self.samples,
-                    seed=self.seed,
+                    seed=self.seed + index,
                     batch_size=self.batch_size,
                     on_step=report,
                     **options,

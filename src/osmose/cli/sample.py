@@ -111,7 +111,7 @@ class Sample:
                 at = None if drawn[0].times is None else torch.cat([p.times for p in drawn if p.times is not None])
                 if suffix == ".csv":
                     assert form.series is not None
-                    at = form.even_times(num) if at is None else at
+                    at = form.some_times(num) if at is None else at
                     assert at is not None
                     write_series(self.out, data, at, form.series)
                     return self._result(num, nfe, seconds)

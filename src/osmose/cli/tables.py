@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,7 +73,7 @@ def write_series(path: Path, data: Tensor, times: Tensor, form: SeriesForm) -> N
         for index, (values, at) in enumerate(zip(data.mT, times, strict=True)):
             for time, row in zip(at.tolist(), values.tolist(), strict=True):
                 if time == time:
-                    yield [index, f"{time:.12g}", *(_number(value) for value in row)]
+                    yield [index, format_time(time, ""), *(_number(value) for value in row)]
 
     _write_csv(path, header, rows())
 
@@ -148,12 +149,19 @@ def write_filled(path: Path, table: SeriesTable, filled: dict[str, Filled]) -> N
             if series.name in filled:
                 found = filled[series.name]
                 median = found.samples.double().quantile(0.5, dim=0).T.numpy()
-                values = torch.where(found.values.T.isnan(), torch.from_numpy(median), torch.from_numpy(values)).numpy()
-            for time, row in zip(series.times, values, strict=True):
+                values = np.where(np.isnan(values), median, values)
+            for place, (time, row) in enumerate(zip(series.times, values, strict=True)):
                 start = [series.name] if table.id_column else []
-                yield [*start, format_time(float(time), table.unit), *(_number(value) for value in row.tolist())]
+                drawn = np.isnan(series.values[place])
+                cells = (_number(v) if new else _exact(v) for v, new in zip(row.tolist(), drawn, strict=True))
+                yield [*start, format_time(float(time), table.unit), *cells]
 
     _write_csv(path, header, rows())
+
+
+def _exact(value: float) -> str:
+    """A number with all its digits, as it was read."""
+    return repr(float(value)).removesuffix(".0")
 
 
 def fan_chart(

@@ -250,6 +250,25 @@ def load_known(path: Path, spec: DataSpec) -> Tensor:
     return items
 
 
+def load_times(path: Path, count: int) -> Tensor | None:
+    """The array `times` of an .npz, float64 (count, L); None where there is none.
+
+    Raises:
+        UserError: times of another shape.
+    """
+    if path.suffix.lower() != ".npz":
+        return None
+    with Archive(path) as archive:
+        if "times" not in archive.keys:
+            return None
+        times = torch.from_numpy(archive["times"].astype(np.float64))
+    if times.ndim == 1:
+        times = times.expand(count, -1)
+    if times.ndim != 2 or len(times) < count:
+        raise UserError(f"{path}: times of shape {tuple(times.shape)} for {count} items; (n, L) or (L,) are needed")
+    return times[:count]
+
+
 def _items(path: Path, spec: DataSpec, keys: Sequence[str]) -> Tensor:
     """Items of a known form; of an archive the first of some keys, or the only array."""
     suffix = path.suffix.lower()

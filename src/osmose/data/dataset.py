@@ -31,7 +31,9 @@ class SeriesForm(Config):
     gap: float = Field(gt=0, description="median time between neighbours")
     span: float = Field(gt=0, description="longest time that an item covers")
     memory: float = Field(gt=0, description="time in which correlations within an item fall to 1/e, in training")
+    first: float = Field(0.0, description="earliest time of an item")
     regular: bool = Field(description="whether nothing is missing, and all items have the same times")
+    times: tuple[float, ...] | None = Field(None, description="of regular series")
     from_first: bool = Field(False, description="times of an item count from its first")
 
 
@@ -102,11 +104,14 @@ class DataSpec(Config):
         low, high = self.range
         return min((low - a) / b for a, b in affine), max((high - a) / b for a, b in affine)
 
-    def even_times(self, count: int) -> Tensor | None:
-        """Evenly spaced times of so many series of the longest length, float64 (count, L); None for other data."""
-        if self.series is None:
+    def some_times(self, count: int) -> Tensor | None:
+        """Times of so many series, float64 (count, L): those of all items, or evenly spread; None for other data."""
+        form = self.series
+        if form is None:
             return None
-        return torch.linspace(0, self.series.span, self.shape[1], dtype=torch.float64).repeat(count, 1)
+        own = torch.tensor(form.times, dtype=torch.float64) if form.times is not None else None
+        even = torch.linspace(form.first, form.first + form.span, self.shape[1], dtype=torch.float64)
+        return (even if own is None else own).repeat(count, 1)
 
     def encode(self, x: Tensor) -> Tensor:
         """Data units (B, *shape), any dtype, to model units, float32."""
@@ -387,7 +392,7 @@ class DataConfig(Config):
             *((name, getattr(self, name), _SERIES) for name in _OF_SERIES),
         ):
             if value is not None and not any(name in users for name in names):
-                wanted = " and ".join(f"{name}:" for name in users)
+                wanted = " and ".join(f"{name}:" for name in users if name not in ("etth1", "fx-8"))
                 raise UserError(f"{option}: {value!r} is for {wanted} data; {names[0]!r} has none to change")
         dataset = self._read()
         if self.start is None:

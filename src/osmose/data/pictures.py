@@ -135,8 +135,8 @@ def picture(
     require_picture(spec)
     if spec.kind == "series":
         count = 0 if reference is None else len(reference)
-        times = spec.even_times(len(data)) if times is None else times
-        reference_times = spec.even_times(count) if reference_times is None else reference_times
+        times = spec.some_times(len(data)) if times is None else times
+        reference_times = spec.some_times(count) if reference_times is None else reference_times
         assert times is not None
         return lines(data, times, spec, reference, reference_times)
     return image_grid(data, spec) if spec.kind == "image" else scatter(data, reference)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import gzip
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -180,7 +181,7 @@ def read_table(
     others = [name for name in header if name not in (time_column, id_column)]
     names = others if columns is None else [_column(source, "columns", name, others) for name in columns]
     if not names:
-        raise UserError(f"{source}: no column of values besides {time_column!r}")
+        raise UserError(f"{source}: a header line with a time and at least one column of values is needed")
     place = {name: header.index(name) for name in header}
     order = [place[name] for name in names]
     lines = np.array([line for line, _ in rows])
@@ -208,6 +209,22 @@ def read_table(
     return SeriesTable(tuple(found), unit or "", time_column, id_column, tuple(names))
 
 
+def times_in(path: Path, time_column: str, unit: str) -> Tensor:
+    """The times of a table, whatever else stands in it, float64 (L,), ascending, each once.
+
+    Raises:
+        UserError: not a table of text, no such column, a cell that is no time, dates for numbers or numbers for dates.
+    """
+    header, rows = _rows(path)
+    place = header.index(_column(path.name, "time_column", time_column, header))
+    seconds, dated = _times(path.name, header, place, rows)
+    if bool(unit) != dated:
+        wanted = f"dates, in {unit}" if unit else "numbers"
+        held = "dates" if dated else "numbers"
+        raise UserError(f"{path.name}: column {time_column!r} holds {held}; needed are {wanted}")
+    return torch.from_numpy(np.unique(seconds) / (UNITS[unit] if unit else 1.0))
+
+
 def _rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """The header, and each row of cells with its line."""
     source = path.name
@@ -219,8 +236,8 @@ def _rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
             rows = [(reader.line_num, row) for row in reader if row]
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{source}: not a readable table of text ({error})") from None
-    if len(header) < 2:
-        raise UserError(f"{source}: a header line with a time and at least one column of values is needed")
+    if not header:
+        raise UserError(f"{source}: empty; a header line with a time and columns of values is needed")
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise UserError(f"{source}: two columns are called {twice!r}")
@@ -258,12 +275,17 @@ def _times(
     source: str, header: Sequence[str], place: int, rows: Sequence[tuple[int, list[str]]]
 ) -> tuple[np.ndarray, bool]:
     """The time of each row: numbers, or seconds since 1970 of dates; and whether they are dates."""
-    dated = _number(rows[0][1][place]) is None
+    first = rows[0][1][place].strip()
+    dated = _number(first) is None
+    if re.fullmatch(r"(19|20)\d{6}", first) and _seconds(first) is not None:
+        raise UserError(f"{source}: column {header[place]!r} has dates like {first}; write them as 2024-05-31")
     found = np.empty(len(rows))
     for index, (line, row) in enumerate(rows):
         value = _seconds(row[place].strip()) if dated else _number(row[place])
         if value is None or not math.isfinite(value):
-            kind = "date, as 2024-05-31 or 2024-05-31 13:00 (the first row has one)" if dated else "finite number"
+            kind = "finite number"
+            if dated:
+                kind = "date, as 2024-05-31 or 2024-05-31 13:00, all of one clock and without an offset"
             raise UserError(f"{source}: line {line}, column {header[place]!r}: {row[place]!r} is no {kind}")
         found[index] = value
     return found, dated
@@ -281,7 +303,7 @@ def _seconds(cell: str) -> float | None:
         moment = datetime.fromisoformat(cell)
     except ValueError:
         return None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    return None if moment.tzinfo else moment.replace(tzinfo=UTC).timestamp()
 
 
 def _unit_of(gaps: np.ndarray) -> str:
@@ -293,7 +315,7 @@ def _unit_of(gaps: np.ndarray) -> str:
 def format_time(time: float, unit: str) -> str:
     """A time as it would stand in a file: a number, or an ISO date."""
     if not unit:
-        return f"{time:.12g}"
+        return repr(float(time)).removesuffix(".0")
     moment = datetime(1970, 1, 1) + timedelta(seconds=round(time * UNITS[unit], 3))
     text = moment.isoformat(sep=" ")
     return text.removesuffix(" 00:00:00") if unit == "days" else text
@@ -320,12 +342,13 @@ def series_dataset(source: str, config: DataConfig, table: SeriesTable) -> Datas
         )
         split = f"{len(held_out)} series chosen at random with split seed {config.split_seed}"
     else:
-        parts = [_windows(source, series, config) for series in table.series]
-        stride = config.stride or _stride(parts, config.window, len(table.columns))
-        train, held_out = ([s for part in parts for s in part[k].cut(stride)] for k in (0, 1))
+        stretches = [_windows(source, series, config) for series in table.series]
+        stride = config.stride or _stride(stretches, config.window, len(table.columns))
+        train, held_out = ([s for pair in stretches for s in pair[k].cut(stride)] for k in (0, 1))
         split = f"windows of the last {config.held_out:.2%} of the rows of each series"
     from_first = bool(table.unit) or config.window is not None
-    return assembled(source, table, _stacked(train), _stacked(held_out), split, from_first)
+    parts = _stacked(source, "training", train), _stacked(source, "held-out", held_out)
+    return assembled(source, table, *parts, split, from_first)
 
 
 @dataclass(frozen=True)
@@ -399,7 +422,9 @@ def _check(source: str, table: SeriesTable) -> None:
             )
 
 
-def _stacked(items: Sequence[Series]) -> Arrays:
+def _stacked(source: str, part: str, items: Sequence[Series]) -> Arrays:
+    if not items:
+        raise UserError(f"{source}: the {part} part has no window with a value in it")
     longest = max(len(series.times) for series in items)
     values = np.full((len(items), items[0].values.shape[1], longest), np.nan, dtype=np.float32)
     times = np.full((len(items), longest), np.nan)
@@ -439,16 +464,20 @@ def assembled(
                 "(--columns)"
             )
     gaps = train.times.diff(dim=1)
+    gap = float(gaps[gaps.isfinite()].median())
+    regular = _regular(train, train.times[:1], gap) and _regular(held_out, train.times[:1], gap)
     form = SeriesForm(
         columns=table.columns,
         time_column=table.time_column,
         id_column=table.id_column,
         unit=table.unit,
-        gap=float(gaps[gaps.isfinite()].median()),
+        gap=gap,
         span=float(torch.nan_to_num(train.times - train.times[:, :1], nan=0.0).max()),
         memory=_memory(wide, train.times),
         from_first=from_first,
-        regular=_regular(train) and _regular(held_out) and torch.equal(train.times[0], held_out.times[0]),
+        first=float(train.times[:, 0].min()),
+        regular=regular,
+        times=tuple(train.times[0].tolist()) if regular else None,
     )
     return Dataset(
         source=source,
@@ -484,9 +513,9 @@ def _padded(part: Arrays, length: int) -> Arrays:
     return Arrays(pad(part.values, (0, more), value=math.nan), pad(part.times, (0, more), value=math.nan))
 
 
-def _regular(part: Arrays) -> bool:
-    """Whether nothing is missing and all items have the same times."""
-    return bool(part.values.isfinite().all()) and bool((part.times == part.times[:1]).all())
+def _regular(part: Arrays, times: Tensor, gap: float) -> bool:
+    """Whether nothing is missing and all items have the same times, to rounding."""
+    return bool(part.values.isfinite().all()) and bool(((part.times - times).abs() <= 1e-6 * gap).all())
 
 
 def _memory(values: Tensor, times: Tensor) -> float:
@@ -510,8 +539,9 @@ def _memory(values: Tensor, times: Tensor) -> float:
 
 
 def _archive(path: Path, source: str, config: DataConfig) -> Dataset:
-    if config.window is not None:
-        raise UserError(f"window: {config.window} given, and the series of {source} are items as they are")
+    for option in ("window", "stride", "time_column", "id_column", "columns"):
+        if (given := getattr(config, option)) is not None:
+            raise UserError(f"{option}: {given!r} given, and the series of {source}, an archive, are items as they are")
     with Archive(path) as archive:
         key = archive.first(("x", "train")) or "x"
         values = archive[key]
@@ -529,6 +559,11 @@ def _archive(path: Path, source: str, config: DataConfig) -> Dataset:
         held_out = None
         if "test" in archive.keys:
             held_out = _checked(source, "test", archive["test"], archive["test_times"])
+            if held_out.values.shape[1] != values.shape[1]:
+                raise UserError(
+                    f"{source}: 'test' has {held_out.values.shape[1]} columns, and {key!r} {values.shape[1]}; both "
+                    "parts need the same"
+                )
     split = "the array 'test'"
     if held_out is None:
         if len(whole.values) < _FEWEST:
@@ -541,6 +576,8 @@ def _archive(path: Path, source: str, config: DataConfig) -> Dataset:
 
 
 def _checked(source: str, key: str, values: np.ndarray, times: np.ndarray) -> Arrays:
+    if values.ndim == 3 and values.shape[2] < 2:
+        raise UserError(f"{source}: {key!r} has one time; series need at least 2")
     if values.ndim != 3 or times.shape not in ((values.shape[2],), (values.shape[0], values.shape[2])):
         raise UserError(
             f"{source}: {key!r} is {values.shape} and its times {times.shape}; (N, C, L) and (N, L) or (L,) are needed"

@@ -88,7 +88,9 @@ def train(
     Raises:
         UserError: series that are too short, what `osmose.train` refuses.
     """
-    table = Path(out).with_suffix(".csv")
+    table = Path(f"{out}.csv")
+    if table.exists():
+        raise UserError(f"out: {table} exists already; choose another folder")
     _, shortest = write_table(entries, table)
     # The last rows of each series are held out, and have to hold a window as well.
     context = _CONTEXT * prediction_length if context_length is None else context_length
@@ -152,8 +154,11 @@ class OsmosePredictor(Predictor):
         assert form is not None
         for index, entry in enumerate(dataset):
             target = np.atleast_2d(np.asarray(entry["target"], dtype=float))
-            history = Series("", np.arange(target.shape[1], dtype=float), np.ascontiguousarray(target.T))
-            ahead = target.shape[1] + torch.arange(self.prediction_length, dtype=torch.float64)
+            if not target.size:
+                raise UserError(f"target: entry {index} has no times")
+            # A step of a GluonTS data set is the gap that the run knows.
+            history = Series("", form.gap * np.arange(target.shape[1]), np.ascontiguousarray(target.T))
+            ahead = form.gap * (target.shape[1] + torch.arange(self.prediction_length, dtype=torch.float64))
             made = forecast(
                 self.model,
                 history,

@@ -76,7 +76,7 @@ class Batch:
         """Items of the form of some data, with values that such data can have: for counting and timing."""
         x = torch.randn(count, *spec.shape, generator=torch.Generator().manual_seed(seed)).to(device)
         classes = torch.zeros(count, dtype=torch.int64, device=device) if conditional else None
-        return cls(spec.encode(spec.decode(x)), classes, times=spec.even_times(count))
+        return cls(spec.encode(spec.decode(x)), classes, times=spec.some_times(count))
 
 
 @dataclass(frozen=True)
@@ -478,6 +478,8 @@ class GenerativeModel(nn.Module, ABC):
                 raise UserError(
                     "condition: required (--label) with given items: the class of the data at their other end"
                 )
+        if start is not None and (known is not None or times is not None):
+            raise UserError("known: given with start; what samples begin with leaves nothing to be told")
         if known is not None or times is not None:
             known, times = self._given(known, times, form, num_samples)
         batch_size = batch_size or max(1, min(256, 2**20 // self.spec.dimension))
@@ -526,12 +528,15 @@ class GenerativeModel(nn.Module, ABC):
         if times is not None:
             if form.kind != "series":
                 raise UserError(f"times: given, and samples of {self.config.kind} are {form.kind}, which have none")
-            times = torch.as_tensor(times, dtype=torch.float64).expand(count, -1)
+            times = torch.as_tensor(times, dtype=torch.float64).cpu()
+            if times.ndim not in (1, 2) or (times.ndim == 2 and len(times) not in (1, count)):
+                raise UserError(f"times: shape {tuple(times.shape)} given for {count} samples; (L,) or (n, L) is right")
+            times = times.expand(count, -1)
         if known is None:
             return None, times
         if form.kind == "series" and times is None:
             raise UserError("known: values of series need their times")
-        known = torch.as_tensor(known, dtype=torch.float32)
+        known = torch.as_tensor(known, dtype=torch.float32).cpu()
         length = form.shape[1:] if times is None else (times.shape[1],)
         if tuple(known.shape) != (count, form.shape[0], *length):
             right = (count, form.shape[0], *length)

@@ -308,6 +308,10 @@ class Functional(GenerativeModel):
         points = sampling.resolution
         if points is None or points == self.grid[-1]:
             return self.grid
+        if points < self.grid[-1]:
+            raise UserError(
+                f"resolution: {points} is below that of the data, {self.grid[-1]}; draw at theirs and leave points out"
+            )
         if self.spec.kind == "series":
             raise UserError(f"resolution: {points} given, and series have their own times")
         if not isinstance(self.network, Everywhere):
@@ -328,7 +332,7 @@ class Functional(GenerativeModel):
         return None, self.spec if grid == self.grid else self.spec.replace(shape=(self.spec.shape[0], *grid))
 
     def given_for(self, draws: Draws) -> tuple[Tensor, Tensor] | None:
-        times = self.spec.even_times(draws.count)
+        times = self.spec.some_times(draws.count)
         if times is None:
             return None
         return torch.full((draws.count, *self.spec.shape), torch.nan, device=self.device), times

@@ -74,6 +74,8 @@ _GRIDS = 256
 #: Added to the deviation of what is known of a column, in deviations of the training part: a flat stretch is not blown
 #: up, and does not drown all others in the loss.
 _LEAST = 0.05
+#: Times that cover so many times as much as those of training, or are so many times closer or farther, are unlike them.
+_FAR, _FREQUENCY = 1.5, 8.0
 #: Times between which the ODE of the density runs, its steps, and the values up to which its divergence is exact.
 _CAP, _STEPS, _EXACT = 1e-4, 100, 16
 
@@ -99,12 +101,7 @@ class SeriesProcessConfig(MethodConfig, ABC):
 
     @classmethod
     def recipe(cls, spec: DataSpec, data_std: float) -> dict[str, Any]:  # noqa: ARG003
-        if spec.series is None:
-            return {}
-        return {
-            "kernel": {"kind": "ou", "length_scale": float(f"{spec.series.memory:.3g}")},
-            "horizon": max(1, spec.shape[1] // 3),
-        }
+        return {} if spec.series is None else {"horizon": max(1, spec.shape[1] // 3)}
 
     @classmethod
     def training_recipe(cls, spec: DataSpec) -> dict[str, Any]:  # noqa: ARG003
@@ -135,7 +132,7 @@ class Setting:
     """What is known of a batch of items, and the noise that goes with it.
 
     Attributes:
-        times, there: float64 (B, L), and where they exist.
+        times, there: from the first on, (B, L), and where they exist.
         known, hidden: 1 where a value is, 0 elsewhere, (B, C, L).
         base: what the process expects: the known values where known, m where hidden, 0 elsewhere; local units.
         factor: of the noise at the hidden values.
@@ -212,9 +209,11 @@ class SeriesProcess(GenerativeModel):
             )
         if config.local and config.task == "generate":
             raise UserError("local: true measures from what is known, and with task=generate nothing is; use false")
-        config.kernel.factor(cast(Tensor, spec.even_times(1)))  # refuses what does not fit the times
+        self.kernel = config.kernel.fitted(form.memory, form.first)
+        self.kernel.factor(cast(Tensor, spec.some_times(1)))  # refuses what does not fit the times
         self.denoiser = NetworkDenoiser(_Whitened(config, spec), config.schedule, config.parametrization)
         self.times = config.times.build(config.schedule)
+        self._unlike: str | None = None
         # Sets of times to draw samples at, filled up with 0; those of regular series are all alike. Each time is the
         # sum of two float32: not every device has float64.
         count = 1 if form.regular and config.task != "forecast" else _GRIDS
@@ -253,16 +252,32 @@ class SeriesProcess(GenerativeModel):
 
     def complaints(self) -> list[str]:
         times = self._kept()[:1, : int(self.lengths[0])]
-        warning = self.config.kernel.warning(times) if bool(times.any()) else None
-        return [*super().complaints(), *([warning] if warning else [])]
+        found = [self.kernel.warning(times) if bool(times.any()) else None, self._unlike]
+        return [*super().complaints(), *(warning for warning in found if warning is not None)]
+
+    def report(self) -> dict[str, float]:
+        self._unlike = None  # what is asked for next has complaints of its own
+        return super().report()
+
+    def _compare(self, times: Tensor) -> None:
+        """Note times that are unlike those of training."""
+        form, there = self.spec.series, times.isfinite()
+        assert form is not None
+        gaps = times.diff(dim=1)[there[:, 1:]]
+        if len(gaps) and not form.gap / _FREQUENCY < float(gaps.median()) < form.gap * _FREQUENCY:
+            self._unlike = f"times: are {float(gaps.median()):.4g} apart, and those of training {form.gap:.4g}"
+        span = float((times.nan_to_num(-math.inf).amax(1) - times[:, 0]).max())
+        if span > _FAR * form.span:
+            self._unlike = f"times: cover {span:.4g}, and those of training at most {form.span:.4g}"
 
     def prepare(self, items: Iterable[Batch]) -> None:
         squares = torch.zeros(self.spec.shape[0], dtype=torch.float64)
         counts = torch.zeros_like(squares)
         kept: list[Batch] = []
         for index, batch in enumerate(items):
-            # An eighth of the items is enough for a deviation; of the times, as many as are kept.
-            rows = torch.arange(index % 8, len(batch.x0), 8) if len(batch.x0) >= 64 else torch.arange(len(batch.x0))
+            # A seventh of the items is enough for a deviation; of the times, as many as are kept.
+            size = len(batch.x0)
+            rows = torch.arange(index % 7, size, 7) if size >= 64 else torch.arange(size)
             assert batch.times is not None
             part = Batch(
                 batch.x0[rows.to(batch.x0.device)],
@@ -282,17 +297,25 @@ class SeriesProcess(GenerativeModel):
     def _keep(self, items: list[Batch]) -> None:
         """Keep the times of some items, and of a model of forecasts what comes before their horizon."""
         every = torch.cat([batch.times for batch in items if batch.times is not None])
-        place = torch.linspace(0, len(every) - 1, len(self.grids)).round().long()
+        values = torch.cat([batch.x0.cpu() for batch in items])
+        there = values.isfinite()
+        known = there & ~self._late(there, every)
+        useful = torch.arange(len(every))
+        if self.config.task == "forecast":  # with something to go on from, and something to come
+            useful = (known.flatten(1).any(1) & (there & ~known).flatten(1).any(1)).nonzero().flatten()
+            if not len(useful):
+                raise UserError(
+                    f"horizon: {self.config.horizon} is not valid: no series has a value before its last "
+                    f"{self.config.horizon} times and one in them"
+                )
+        place = useful[torch.linspace(0, len(useful) - 1, len(self.grids)).round().long()]
         times = every[place]
         rough = times.nan_to_num(0.0).float()
         self.grids.copy_(torch.stack([rough, (times.nan_to_num(0.0) - rough.double()).float()], 2))
         self.lengths.copy_(times.isfinite().sum(1))
         if self.config.task == "forecast":
-            values = torch.cat([batch.x0.cpu() for batch in items])[place]
-            there = values.isfinite()
-            known = there & ~self._late(there, times)
-            self.histories.copy_(torch.where(known, values, 0.0))
-            self.seen.copy_(known)
+            self.histories.copy_(torch.where(known, values, 0.0)[place])
+            self.seen.copy_(known[place])
 
     def loss(self, batch: Batch, draws: Draws) -> LossTerms:
         setting, x = self._hide(batch, draws)
@@ -356,10 +379,11 @@ class SeriesProcess(GenerativeModel):
             spread = (torch.where(seen, values - shift, 0.0).square().sum(2, keepdim=True) / some).sqrt()
             scale = torch.where(count > 0, (spread.square() + _LEAST**2).sqrt(), 1.0)
             values = torch.where(seen, (values - shift) / scale, 0.0)
-        factor = self.config.kernel.factor(times, hidden, known, pinned=self.config.pinned)
+        factor = self.kernel.factor(times, hidden, known, pinned=self.config.pinned)
         dtype = x0.dtype
         return Setting(
-            times=times.to(device, torch.float64 if device.type != "mps" else torch.float32),
+            # From the first on: where there is no float64, an hour would be lost beside a date.
+            times=(times - times[:, :1]).to(device, torch.float64 if device.type != "mps" else torch.float32),
             there=exists.to(device),
             known=seen.to(dtype),
             hidden=hidden.to(device, dtype),
@@ -420,6 +444,7 @@ class SeriesProcess(GenerativeModel):
             last = torch.where(known.isfinite().any(1).cpu(), torch.arange(known.shape[2]), -1).amax(1)
             hidden &= (torch.arange(known.shape[2]) > last[:, None])[:, None]
         self._admit(known, hidden)
+        self._compare(times)
         setting = self._setting(known, times, hidden, condition)
         grid = self._grid(sampling)
         u = self._noise(draws, setting) * self.config.schedule.prior_std
@@ -543,7 +568,8 @@ class SeriesProcess(GenerativeModel):
                 x0 = self.denoiser(u, level, cast(Tensor, setting))
                 eps = (u - level.alpha * x0) / level.sigma
                 at = torch.tensor(t, dtype=torch.float64)
-                return velocity(x0, eps, float(schedule.alpha_dot(at)), float(schedule.sigma_dot(at)))
+                moved = velocity(x0, eps, float(schedule.alpha_dot(at)), float(schedule.sigma_dot(at)))
+                return moved * hidden  # what is not hidden stays, and adds nothing to the divergence
 
             def log_prior(u: Tensor) -> Tensor:
                 z = (u / schedule.prior_std).cpu().double().square() + math.log(2 * math.pi * schedule.prior_std**2)

@@ -89,7 +89,8 @@ def forecast_scores(paths: Tensor, truth: Tensor, last: Tensor, scale: Tensor) -
     # Where truth is missing both sides are 0, so that it counts for nothing.
     seen = torch.where(known[:, None], paths, 0.0) / unit
     real = filled / unit[:, 0]
-    scores["energy"] = energy_score(seen.permute(0, 3, 1, 2).flatten(0, 1), real.permute(0, 2, 1).flatten(0, 1))
+    some = known.any(1)  # times at which something is known
+    scores["energy"] = energy_score(seen.permute(0, 3, 1, 2)[some], real.permute(0, 2, 1)[some])
     scores["path_energy"] = energy_score(seen.flatten(2), real.flatten(1))
     before = (last / scale.to(last))[..., None]
     made_steps = torch.cat([before[:, None].expand(-1, samples, -1, -1), paths / unit], 3).diff(dim=3)

@@ -67,6 +67,15 @@ class Kernel(Config, ABC):
     def _factor(self, times: Tensor, hidden: Tensor, known: Tensor, pinned: bool) -> Factor:
         """See `factor`; what it is given is checked."""
 
+    def fitted(self, memory: float, first: float) -> Kernel:  # noqa: ARG002
+        """The same kernel with what was left open taken from the data.
+
+        Args:
+            memory: time in which their correlations fall to 1/e.
+            first: their earliest time.
+        """
+        return self
+
     def neighbours(self, times: Tensor) -> Tensor:
         """The correlation of the noise at neighbouring times, float64 (B, L - 1)."""
         covariance = self.covariance(times)
@@ -105,7 +114,27 @@ class WhiteKernel(Kernel):
         return WhiteFactor(hidden, known)
 
 
-class _MarkovKernel(Kernel):
+class _ScaledKernel(Kernel):
+    length_scale: float | None = Field(
+        None, gt=0, description="in the units of time of the data; the time in which they forget if null"
+    )
+
+    @property
+    def scale(self) -> float:
+        """The length scale.
+
+        Raises:
+            UserError: none is given, and no data said it.
+        """
+        if self.length_scale is None:
+            raise UserError(f"kernel.length_scale: {self.kind} needs one: it is null, and there are no data to tell")
+        return self.length_scale
+
+    def fitted(self, memory: float, first: float) -> Kernel:  # noqa: ARG002
+        return self if self.length_scale is not None else self.replace(length_scale=float(f"{memory:.3g}"))
+
+
+class _MarkovKernel(_ScaledKernel):
     @abstractmethod
     def _variance(self, times: Tensor) -> Tensor:
         """Of the noise at times."""
@@ -144,45 +173,62 @@ class OUKernel(_MarkovKernel):
     """exp(-|t - t'| / length_scale), Ornstein and Uhlenbeck's process of variance 1; its rate is 1 / length_scale."""
 
     kind: Literal["ou"] = "ou"
-    length_scale: float = Field(1.0, gt=0, description="in the units of time of the data")
 
     def covariance(self, times: Tensor) -> Tensor:
-        return (-_distances(times) / self.length_scale).exp()
+        return (-_distances(times) / self.scale).exp()
 
     def _variance(self, times: Tensor) -> Tensor:
         return torch.ones_like(times)
 
     def _transition(self, gap: Tensor) -> tuple[Tensor, Tensor]:
         # 1 - exp(-2 gap) would lose its digits where times are close.
-        return (-gap / self.length_scale).exp(), -(-2 * gap / self.length_scale).expm1()
+        return (-gap / self.scale).exp(), -(-2 * gap / self.scale).expm1()
 
 
 class BrownianKernel(_MarkovKernel):
     """(min(t, t') - origin) / length_scale: a random walk from the origin, which itself is known."""
 
     kind: Literal["brownian"] = "brownian"
-    length_scale: float = Field(1.0, gt=0, description="the time in which the variance grows by 1")
-    origin: float = Field(0.0, description="where the noise is 0; all times lie after it")
+    origin: float | None = Field(
+        None, description="where the noise is 0, before all times; a length scale before the data's first if null"
+    )
+
+    @property
+    def beginning(self) -> float:
+        """The origin.
+
+        Raises:
+            UserError: none is given, and no data said it.
+        """
+        if self.origin is None:
+            raise UserError("kernel.origin: brownian needs one: it is null, and there are no data to tell")
+        return self.origin
+
+    def fitted(self, memory: float, first: float) -> Kernel:
+        kernel = super().fitted(memory, first)
+        assert isinstance(kernel, BrownianKernel)
+        return kernel if self.origin is not None else kernel.replace(origin=first - kernel.scale)
 
     def covariance(self, times: Tensor) -> Tensor:
         check_times(times)
-        return torch.minimum(times[:, :, None], times[:, None]).sub(self.origin) / self.length_scale
+        return torch.minimum(times[:, :, None], times[:, None]).sub(self.beginning) / self.scale
 
     def _variance(self, times: Tensor) -> Tensor:
-        return (times - self.origin) / self.length_scale
+        return (times - self.beginning) / self.scale
 
     def _transition(self, gap: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ones_like(gap), gap / self.length_scale
+        return torch.ones_like(gap), gap / self.scale
 
     def _factor(self, times: Tensor, hidden: Tensor, known: Tensor, pinned: bool) -> Factor:
         first = float(times[:, 0].min())
-        if not first > self.origin:
-            raise UserError(f"kernel.origin: {self.origin:g} is not valid: must lie before the first time, {first:g}")
+        if not first > self.beginning:
+            raise UserError(
+                f"kernel.origin: {self.beginning:g} is not valid: must lie before the first time, {first:g}"
+            )
         return super()._factor(times, hidden, known, pinned)
 
 
-class _DenseKernel(Kernel):
-    length_scale: float = Field(1.0, gt=0, description="in the units of time of the data")
+class _DenseKernel(_ScaledKernel):
     jitter: float = Field(1e-4, ge=0, description="variance of white noise on top: smooth kernels need some")
 
     @abstractmethod
@@ -191,7 +237,7 @@ class _DenseKernel(Kernel):
 
     def covariance(self, times: Tensor) -> Tensor:
         unit = torch.eye(times.shape[-1], dtype=torch.float64)
-        return self._at(_distances(times) / self.length_scale) + self.jitter * unit
+        return self._at(_distances(times) / self.scale) + self.jitter * unit
 
     def _factor(self, times: Tensor, hidden: Tensor, known: Tensor, pinned: bool) -> Factor:
         whole = self.covariance(times).nan_to_num()
