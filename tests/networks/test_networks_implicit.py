@@ -166,3 +166,16 @@ def test_what_is_refused():
         ImplicitConfig(**SMALL).build((1, 8), num_outputs=2)
     with pytest.raises(UserError, match=r"built for events \(1, 9\); \(2, 9\) given"):
         built()(noisy(3, 2, 9), LABELS)
+
+
+def test_sampling_keeps_no_graph_of_the_inner_steps():
+    made = ImplicitConfig(width=8, depth=2, inner_steps=2).build((1, 6))
+    x, label = torch.randn(2, 1, 6), torch.full((2,), 300.0)
+    with torch.inference_mode():
+        out = made(x, label)
+    with torch.no_grad():
+        again = made(x.clone(), label.clone())
+    assert not out.requires_grad
+    assert not again.requires_grad
+    assert torch.allclose(made(x.clone(), label.clone()), out, atol=1e-6)
+    assert made(x.clone(), label.clone()).requires_grad

@@ -133,7 +133,8 @@ class Implicit(nn.Module, Everywhere):
         if x.ndim != len(self.event_shape) + 1 or x.shape[1] != self.event_shape[0]:
             raise UserError(f"network: built for events {self.event_shape}; {tuple(x.shape[1:])} given")
         # Samplers work in inference mode, in which nothing has a gradient.
-        with torch.inference_mode(False):
+        outside = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(outside):  # inner steps take their gradients anyway
             if x.is_inference():
                 x, label = x.clone(), label.clone()
                 condition = None if condition is None else condition.clone()
