@@ -83,7 +83,7 @@ def test_what_is_in_the_folder_comes_first(refused, tmp_path, monkeypatch):
         (["mbconv64", "network.modulation=scale-shift"], "network.modulation: scale-shift is for residual blocks"),
         (["unet", "network.chanels=8"], "network.chanels: unknown field; did you mean 'channels'?"),
         (["digits", "--shape", "1,8,8"], "--shape: '1,8,8' is for networks, and digits is a data set"),
-        (["digits", "network.channels=8"], "network.channels: 8 is for networks, and digits is a data set"),
+        (["digits", "network.channels=8"], "data.network.channels: unknown field"),
         (["toy", "--batch-size", "8"], "--batch-size: 8 is for networks, and toy is a run"),
     ],
 )

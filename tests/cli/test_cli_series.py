@@ -146,6 +146,14 @@ def test_a_forecast_of_every_series_of_a_table_as_parquet(osmose):
     assert len(found) == 36
 
 
+def test_info_of_a_table_takes_what_training_takes(osmose):
+    answer = osmose("info", "series:hours.csv", "window=24", "held_out=0.2")
+    assert answer.status == 0, answer.err
+    assert "series of a, b at up to 24 times, 1 hours apart (median), all alike" in answer.out
+    assert "osmose train dspd" in answer.out
+    assert "unknown field" in osmose("info", "series:hours.csv", "windows=24").err
+
+
 def test_gaps_are_filled(osmose):
     answer = osmose("impute", "hours", "gaps.csv", "--samples", "10", "--out", "filled.csv", "--quiet")
     assert answer.status == 0, answer.err
@@ -221,6 +229,8 @@ REFUSED = [
     ([*AHEAD, "--quantiles", "0.5,1"], "--quantiles: '0.5,1' is not valid"),
     ([*AHEAD, "--out", "f.txt"], r"--out: f\.txt is not valid: should end in"),
     (["impute", "ahead", "gaps.csv"], "learned with task=forecast; gaps are filled by one"),
+    (["impute", "hours", "gaps.csv", "--out", "gaps.csv"], r"--out: gaps\.csv is FILE itself"),
+    (["train", "edm", *MANY[:4], "--out", "n"], "method: edm needs items alike, and these series have gaps"),
     (["impute", "hours", "hours.csv"], r"FILE: hours\.csv has no missing value; nothing to fill"),
     (["backtest", "ahead", "--windows", "9"], "windows: 9 of 6 rows reach into training: 40 rows were held out"),
     (["sample", "many", "--times", "0,0.5,0.2"], r"--times: '0,0\.5,0\.2' is not valid: times have to ascend"),

@@ -74,6 +74,8 @@ def forecast(
             the model has not learned; a history without a known value.
     """
     form, longest = _form(model), model.spec.shape[1]
+    if getattr(model.config, "task", None) == "impute":
+        raise UserError("run: learned with task=impute; forecasts are made by one that learned with forecast or any")
     ahead = torch.as_tensor(times, dtype=torch.float64)
     _require_columns(model, history)
     if not len(ahead):

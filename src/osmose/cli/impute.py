@@ -56,6 +56,8 @@ class Impute:
 
         if self.out.suffix.lower() != ".csv":
             raise UserError(f"--out: {self.out} is not valid: should end in .csv")
+        if self.out.resolve() == self.file.resolve():
+            raise UserError(f"--out: {self.out} is FILE itself, and would be lost; write elsewhere")
         if self.samples < 2:
             raise UserError(f"--samples: {self.samples} is not valid: must be at least 2")
         levels = QUANTILES if self.quantiles is None else read_quantiles(self.quantiles)

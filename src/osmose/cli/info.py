@@ -49,7 +49,7 @@ class Info:
         is_run, is_data = Path(self.what).is_dir(), self.what.partition(":")[0] in SOURCES.entries
         if not is_run and not is_data and self.what in NETWORKS.choices:
             return self._network(self.what)
-        told = {"--shape": self.shape, "--batch-size": self.batch_size, **self.overrides}
+        told = {"--shape": self.shape, "--batch-size": self.batch_size, **({} if is_data else self.overrides)}
         if not is_run and not is_data:
             raise UserError(
                 f"{self.what}: neither a run folder nor a data set nor a network; data sets are "
@@ -145,7 +145,11 @@ class Info:
 
         with quiet_warnings():
             root = {"root": str(self.data_root)} if self.data_root else {}
-            dataset = DataConfig.parse({"source": source, **root}).load()
+            try:
+                config = DataConfig.parse({"source": source, **root, **self.overrides})
+            except ConfigError as error:
+                raise UserError(f"data.{error}") from None
+            dataset = config.load()
         identity, spec = dataset.identity, dataset.spec
         lines = [
             f"data       {identity.source}",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from osmose.analysis.filling import Filled
 from osmose.data.dataset import SeriesForm
-from osmose.data.series import Series, SeriesTable, format_time, read_table
+from osmose.data.series import UNITS, Series, SeriesTable, format_time, read_table
 from osmose.errors import UserError
 from osmose.training import files
 
@@ -188,28 +188,42 @@ def fan_chart(
     for index, ((name, found), where) in enumerate(shown):
         for column, label in columns:
             axes = panels[index * len(columns) + column]
-            times = found.times.numpy()
+            times = _axis(found.times.numpy(), form.unit)
             axes.plot(times, found.values[column], ".-", c="0.35", linewidth=0.9, markersize=2, label="known")
             samples, gaps = found.samples[:, column].double(), where[column]
             for low, high, alpha in ((0.05, 0.95, 0.2), (0.25, 0.75, 0.35)):
                 band = samples.quantile(torch.tensor([low, high], dtype=torch.float64), dim=0)
-                for run in _runs(gaps):
+                for number, run in enumerate(_runs(gaps)):
                     # From the last known value on, so that nothing is between the two.
-                    axes.fill_between(times[run], *band[:, run].numpy(), color="tab:blue", alpha=alpha, linewidth=0)
+                    name_of = None if number else f"{high - low:.0%}"
+                    axes.fill_between(
+                        times[run], *band[:, run].numpy(), color="tab:blue", alpha=alpha, linewidth=0, label=name_of
+                    )
             median = samples.quantile(0.5, dim=0)
             for number, run in enumerate(_runs(gaps)):
                 axes.plot(times[run], median[run], c="tab:blue", linewidth=1.2, label=None if number else "median")
             if index < len(truth):
                 axes.plot(
-                    truth[index].times, truth[index].values[:, column], c="tab:red", linewidth=0.9, label="what came"
+                    _axis(truth[index].times, form.unit),
+                    truth[index].values[:, column],
+                    c="tab:red",
+                    linewidth=0.9,
+                    label="what came",
                 )
             axes.set_title(f"{name} {label}".strip(), fontsize=9)
-            axes.set_xlabel(form.unit or "time", fontsize=7)
+            axes.set_xlabel("" if form.unit else form.time_column, fontsize=7)
             axes.tick_params(labelsize=7)
+            if form.unit:
+                axes.tick_params(axis="x", rotation=20)
     panels[0].legend(fontsize=7)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def _axis(times: np.ndarray, unit: str) -> np.ndarray:
+    """Times as an axis shows them: dates, or the numbers that they are."""
+    return (times * UNITS[unit] * 1000).round().astype("datetime64[ms]") if unit else times
 
 
 def _runs(where: Tensor) -> list[slice]:

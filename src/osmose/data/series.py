@@ -236,6 +236,8 @@ def _rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
             rows = [(reader.line_num, row) for row in reader if row]
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{source}: not a readable table of text ({error})") from None
+    if len(header) == 1 and ";" in header[0]:
+        raise UserError(f"{source}: has semicolons between its columns; commas are needed")
     if not header:
         raise UserError(f"{source}: empty; a header line with a time and columns of values is needed")
     if len(set(header)) < len(header):
@@ -286,6 +288,8 @@ def _times(
             kind = "finite number"
             if dated:
                 kind = "date, as 2024-05-31 or 2024-05-31 13:00, all of one clock and without an offset"
+            if line == rows[0][0]:
+                kind += "; --time-column names another column of times, --id-column one that tells series apart"
             raise UserError(f"{source}: line {line}, column {header[place]!r}: {row[place]!r} is no {kind}")
         found[index] = value
     return found, dated
@@ -315,7 +319,7 @@ def _unit_of(gaps: np.ndarray) -> str:
 def format_time(time: float, unit: str) -> str:
     """A time as it would stand in a file: a number, or an ISO date."""
     if not unit:
-        return repr(float(time)).removesuffix(".0")
+        return f"{time:.15g}"
     moment = datetime(1970, 1, 1) + timedelta(seconds=round(time * UNITS[unit], 3))
     text = moment.isoformat(sep=" ")
     return text.removesuffix(" 00:00:00") if unit == "days" else text

@@ -69,7 +69,7 @@ def recipe(method: str, data: DataConfig, dataset: Dataset, seed: int, changes: 
 def spread(dataset: Dataset) -> float:
     """Root mean square of the training data in the model's units, from about 2,000 items."""
     sample = dataset.spec.encode(dataset.train[:: max(1, len(dataset.train) // 2000)])
-    return float(sample.square().mean().sqrt())
+    return float(sample.square().nanmean().sqrt())  # of series, of what is there
 
 
 def training_for(spec: DataSpec, steps: Any = None) -> dict[str, Any]:
