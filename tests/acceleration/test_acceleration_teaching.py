@@ -21,8 +21,8 @@ from osmose.errors import UserError
 from osmose.gaussian.draws import StepDraws
 from osmose.gaussian.parametrization import column
 from osmose.gaussian.trigflow import TrigFlow, angle_of
-from osmose.methods.base import Batch
 from osmose.methods.consistency import Tangent
+from osmose.methods.messages import Batch
 from osmose.methods.operator import DSNOConfig
 from osmose.studies import STUDIES
 from osmose.studies.running import run_study

@@ -8,7 +8,8 @@ from torch import nn
 
 from osmose.analysis.gradients import gradient_noise
 from osmose.data.dataset import Dataset, DataSpec
-from osmose.methods.base import GenerativeModel, LossTerms, MethodConfig
+from osmose.methods.base import GenerativeModel, MethodConfig
+from osmose.methods.messages import LossTerms
 
 SPEC = DataSpec(kind="points", shape=(3,))
 

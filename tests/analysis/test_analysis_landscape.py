@@ -17,7 +17,8 @@ from osmose.analysis.planes import filter_direction
 from osmose.data.dataset import DataConfig, Dataset, DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import seeded
-from osmose.methods.base import GenerativeModel, LossTerms
+from osmose.methods.base import GenerativeModel
+from osmose.methods.messages import LossTerms
 from osmose.training import files
 from osmose.training.recipes import recipe
 from osmose.training.run import Run

@@ -13,7 +13,8 @@ from osmose.analysis.memory import bytes_of, peak_bytes
 from osmose.data.dataset import DataSpec
 from osmose.gaussian.draws import StepDraws
 from osmose.methods import METHODS
-from osmose.methods.base import Batch, GenerativeModel, LossTerms, MethodConfig
+from osmose.methods.base import GenerativeModel, MethodConfig
+from osmose.methods.messages import Batch, LossTerms
 from osmose.training.config import TrainingConfig
 from osmose.training.optimizers import OPTIMIZERS
 

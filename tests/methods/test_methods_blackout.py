@@ -10,8 +10,8 @@ from osmose.discrete.death import CosineSurvival, LogitSurvival, binomial_matrix
 from osmose.errors import UserError
 from osmose.gaussian.draws import SampleDraws, StepDraws
 from osmose.methods import METHODS
-from osmose.methods.base import Batch
 from osmose.methods.blackout import BlackoutConfig
+from osmose.methods.messages import Batch
 from osmose.networks.mlp import MLPConfig
 from osmose.networks.unet import UNetConfig
 

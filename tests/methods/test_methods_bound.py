@@ -14,8 +14,8 @@ from osmose.gaussian.draws import SampleDraws
 from osmose.gaussian.grid import TimeGrid
 from osmose.gaussian.oracles import MixtureDenoiser
 from osmose.gaussian.schedule import CosineSchedule, LinearSchedule, VarianceExploding
-from osmose.methods.base import Batch
 from osmose.methods.diffusion import DDPMConfig, EDMConfig
+from osmose.methods.messages import Batch
 from osmose.methods.objectives import Problem, SimpleObjective, VLBObjective
 from osmose.networks.base import NetworkConfig
 from osmose.networks.mlp import MLPConfig

@@ -11,8 +11,8 @@ from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import StepDraws
 from osmose.interpolants.bridge import GaussianBridge
-from osmose.methods.base import Batch
 from osmose.methods.bridge import Bridge, BridgeConfig, _bends
+from osmose.methods.messages import Batch
 from osmose.networks.mlp import MLPConfig
 
 LINE = DataSpec(kind="points", shape=(1,))

@@ -21,8 +21,8 @@ from osmose.gaussian.parametrization import EDMParametrization, column
 from osmose.gaussian.schedule import TrigSchedule
 from osmose.gaussian.trigflow import TrigFlow, angle_of, level_of, turned
 from osmose.methods import METHODS
-from osmose.methods.base import Batch
 from osmose.methods.consistency import AdaptiveWeight, ECTConfig, SCDConfig, SCTConfig
+from osmose.methods.messages import Batch
 from osmose.networks.base import NetworkConfig
 from osmose.networks.mlp import MLPConfig
 from osmose.networks.unet import UNetConfig

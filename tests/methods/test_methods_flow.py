@@ -10,9 +10,9 @@ from osmose.data.assembly import Part, image_dataset
 from osmose.data.dataset import DataConfig, DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import StepDraws
-from osmose.methods.base import Batch
 from osmose.methods.flow import FlowConfig
 from osmose.methods.gaussian_fit import GaussianConfig
+from osmose.methods.messages import Batch
 from osmose.training.recipes import checked, recipe
 from osmose.training.run import Run
 from osmose.training.trainer import Trainer

@@ -13,8 +13,8 @@ from osmose.data.dataset import DataSpec, SeriesForm
 from osmose.errors import UserError
 from osmose.gaussian.draws import SampleDraws, StepDraws
 from osmose.methods import METHODS
-from osmose.methods.base import Batch
 from osmose.methods.functional import FunctionalConfig
+from osmose.methods.messages import Batch
 from osmose.networks.base import Everywhere
 from osmose.networks.implicit import ImplicitConfig
 from osmose.networks.mlp import MLPConfig

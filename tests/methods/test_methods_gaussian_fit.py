@@ -9,8 +9,8 @@ from osmose.data.assembly import Part, image_dataset
 from osmose.data.dataset import DataConfig, DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import StepDraws
-from osmose.methods.base import Batch
 from osmose.methods.gaussian_fit import ClassMeansConfig, GaussianConfig
+from osmose.methods.messages import Batch
 from osmose.methods.moments import Moments, level_step
 from osmose.training.recipes import checked, recipe
 from osmose.training.run import Run

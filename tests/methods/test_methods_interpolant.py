@@ -14,8 +14,8 @@ from osmose.interpolants import PATHS
 from osmose.interpolants.fields import LEARNED
 from osmose.interpolants.oracles import GaussianMixture, MixturePath
 from osmose.methods import METHODS
-from osmose.methods.base import Batch
 from osmose.methods.interpolant import InterpolantConfig
+from osmose.methods.messages import Batch
 from osmose.networks.mlp import MLPConfig
 
 MLP = MLPConfig(width=16, depth=1)

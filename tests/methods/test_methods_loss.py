@@ -10,8 +10,8 @@ from osmose.gaussian import PARAMETRIZATIONS, SCHEDULES
 from osmose.gaussian.draws import StepDraws
 from osmose.gaussian.parametrization import EDMParametrization, VParametrization
 from osmose.gaussian.schedule import CosineSchedule, LinearSchedule, StraightSchedule, TrigSchedule, VarianceExploding
-from osmose.methods.base import Batch
 from osmose.methods.diffusion import DDPMConfig, EDMConfig
+from osmose.methods.messages import Batch
 from osmose.methods.times import LogNormalTimes, UniformTimes
 from osmose.networks.base import NetworkConfig
 from osmose.networks.mlp import MLPConfig

@@ -19,8 +19,8 @@ from osmose.gaussian.grid import TimeGrid
 from osmose.gaussian.parametrization import EpsParametrization, VParametrization, noised
 from osmose.gaussian.schedule import CosineSchedule, LinearSchedule, TrigSchedule
 from osmose.methods import OBJECTIVES, TIME_SAMPLERS, objectives
-from osmose.methods.base import Batch
 from osmose.methods.diffusion import DDPMConfig, EDMConfig, IDDPMConfig
+from osmose.methods.messages import Batch
 from osmose.methods.objectives import HybridObjective, Problem, SimpleObjective, TiltedObjective, VLBObjective
 from osmose.methods.times import LogNormalTimes
 from osmose.networks.base import NetworkConfig

@@ -16,7 +16,7 @@ from osmose.gaussian.jumps import jump
 from osmose.gaussian.oracles import GaussianDenoiser
 from osmose.gaussian.parametrization import VParametrization
 from osmose.gaussian.schedule import CLEAN, Level, TrigSchedule
-from osmose.methods.base import Batch
+from osmose.methods.messages import Batch
 from osmose.methods.operator import DSNOConfig
 from osmose.networks.mlp import MLPConfig
 from osmose.networks.unet import UNetConfig

@@ -13,8 +13,8 @@ from osmose.gaussian.draws import SampleDraws, StepDraws
 from osmose.gaussian.parametrization import EDMParametrization
 from osmose.gaussian.schedule import CosineSchedule, LinearSchedule
 from osmose.gaussian.solvers import DDIM, Ancestral
-from osmose.methods.base import Batch
 from osmose.methods.diffusion import DDPMConfig, EDMConfig, IDDPMConfig
+from osmose.methods.messages import Batch
 from osmose.networks.mlp import MLPConfig
 from osmose.networks.unet import UNetConfig
 

@@ -15,7 +15,7 @@ from osmose.data.assembly import Part, image_dataset
 from osmose.data.dataset import DataConfig, DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import StepDraws
-from osmose.methods.base import Batch
+from osmose.methods.messages import Batch
 from osmose.methods.sngan import SNGANConfig
 from osmose.training.recipes import recipe
 from osmose.training.run import Run, load

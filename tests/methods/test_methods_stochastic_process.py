@@ -14,7 +14,7 @@ from osmose.gaussian.draws import SampleDraws, StepDraws
 from osmose.gaussian.grid import TimeGrid
 from osmose.gaussian.schedule import LinearSchedule
 from osmose.methods import METHODS
-from osmose.methods.base import Batch
+from osmose.methods.messages import Batch
 from osmose.methods.stochastic_process import SeriesProcess
 from osmose.processes.kernels import OUKernel
 from osmose.processes.oracles import sampled_covariance

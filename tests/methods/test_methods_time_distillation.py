@@ -22,8 +22,8 @@ from osmose.gaussian.parametrization import EDMParametrization, VParametrization
 from osmose.gaussian.schedule import CLEAN, Level
 from osmose.gaussian.solvers import DDIM, Heun
 from osmose.methods import METHODS
-from osmose.methods.base import Batch
 from osmose.methods.diffusion import DDPMConfig, EDMConfig
+from osmose.methods.messages import Batch
 from osmose.methods.students import DistilledConfig
 from osmose.methods.time_distillation import BTDConfig, TractConfig
 from osmose.networks.averaging import newest_share

@@ -19,8 +19,8 @@ from osmose.errors import UserError
 from osmose.gaussian.draws import StepDraws
 from osmose.gaussian.parametrization import EpsParametrization
 from osmose.gaussian.schedule import CosineSchedule
-from osmose.methods.base import Batch, Regression
 from osmose.methods.chain import levels_of
+from osmose.methods.messages import Batch, Regression
 from osmose.networks.tensor_train import TensorTrainConfig
 from osmose.networks.trains import dense, inner
 from osmose.training import als

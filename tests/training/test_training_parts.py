@@ -11,7 +11,7 @@ from torch import nn
 
 import osmose
 from osmose.errors import UserError
-from osmose.methods.base import LossTerms
+from osmose.methods.messages import LossTerms
 from osmose.training import files
 from osmose.training.config import TrainingConfig
 from osmose.training.ema import EMA

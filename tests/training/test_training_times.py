@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from osmose.methods.base import GenerativeModel, LossTerms
+from osmose.methods.base import GenerativeModel
+from osmose.methods.messages import LossTerms
 from osmose.training import files
 from osmose.training.progress import Progress
 from osmose.training.run import Run

@@ -26,7 +26,7 @@ from osmose.data.dataset import Dataset
 from osmose.data.pictures import has_picture, image_grid
 from osmose.errors import UserError, nearest
 from osmose.gaussian.draws import SampleDraws, mix, seeded
-from osmose.methods.base import OnStep
+from osmose.methods.messages import OnStep
 from osmose.methods.surrogate import Surrogate, SurrogateSampling
 from osmose.metrics.evaluate import metric_names, score_samples
 from osmose.metrics.evaluation import HEADLINES

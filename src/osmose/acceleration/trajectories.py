@@ -35,9 +35,10 @@ from osmose.gaussian.draws import SampleDraws
 from osmose.gaussian.grid import TimeGrid
 from osmose.gaussian.schedule import Level, Schedule
 from osmose.gaussian.solvers import Denoise, Solver
-from osmose.methods.base import GenerativeModel, OnStep
+from osmose.methods.base import GenerativeModel
 from osmose.methods.chain import ChainModel
 from osmose.methods.diffusion import DiffusionConfig
+from osmose.methods.messages import OnStep
 from osmose.methods.students import StudentConfig, Students
 from osmose.training import files
 from osmose.training.config import Parent, RunConfig

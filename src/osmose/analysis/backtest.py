@@ -16,7 +16,8 @@ from osmose.data.dataset import DataConfig, Dataset, SeriesForm
 from osmose.data.series import Series, table_of
 from osmose.errors import UserError
 from osmose.gaussian.draws import seeded
-from osmose.methods.base import GenerativeModel, OnStep
+from osmose.methods.base import GenerativeModel
+from osmose.methods.messages import OnStep
 
 
 @dataclass(frozen=True)

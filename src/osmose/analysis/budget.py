@@ -30,8 +30,9 @@ from osmose.analysis.memory import bytes_of, peak_bytes
 from osmose.gaussian.denoiser import NetworkDenoiser
 from osmose.gaussian.draws import StepDraws
 from osmose.methods import COMPOSED
-from osmose.methods.base import Batch, GenerativeModel, LossTerms
+from osmose.methods.base import GenerativeModel
 from osmose.methods.consistency import SCD
+from osmose.methods.messages import Batch, LossTerms
 from osmose.methods.operator import DSNO
 from osmose.methods.time_distillation import TimeDistillation
 from osmose.training.config import TrainingConfig

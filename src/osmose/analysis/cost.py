@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from osmose.gaussian.draws import StepDraws
-from osmose.methods.base import Batch, GenerativeModel
+from osmose.methods.base import GenerativeModel
+from osmose.methods.messages import Batch
 from osmose.methods.students import Students
 from osmose.training.config import TrainingConfig
 from osmose.training.ema import EMA

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from osmose.data.series import Series
 from osmose.errors import UserError
-from osmose.methods.base import GenerativeModel, OnStep
+from osmose.methods.base import GenerativeModel
+from osmose.methods.messages import OnStep
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from osmose.data.batches import BatchOrder
 from osmose.data.dataset import Dataset
 from osmose.gaussian.draws import StepDraws, mix
-from osmose.methods.base import Batch, GenerativeModel
+from osmose.methods.base import GenerativeModel
+from osmose.methods.messages import Batch
 from osmose.methods.times import LossAwareSampler
 
 

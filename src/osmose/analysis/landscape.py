@@ -35,7 +35,8 @@ from osmose.data.dataset import Dataset
 from osmose.errors import UserError
 from osmose.gaussian.draws import StepDraws, seeded
 from osmose.methods import COMPOSED, DISTILLED
-from osmose.methods.base import Batch, GenerativeModel, OnStep
+from osmose.methods.base import GenerativeModel
+from osmose.methods.messages import Batch, OnStep
 from osmose.training.run import Run
 
 #: Where the plane comes from.

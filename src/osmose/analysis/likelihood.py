@@ -14,7 +14,8 @@ from torch import Tensor
 from osmose.data.dataset import Dataset
 from osmose.errors import UserError
 from osmose.gaussian.draws import SampleDraws, seeded
-from osmose.methods.base import Batch, BoundTerms, GenerativeModel, OnStep
+from osmose.methods.base import GenerativeModel
+from osmose.methods.messages import Batch, BoundTerms, OnStep
 from osmose.training import files
 
 

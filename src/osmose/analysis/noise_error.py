@@ -31,8 +31,8 @@ from osmose.gaussian.draws import Draws, StepDraws, seeded
 from osmose.gaussian.oracles import ChainDenoiser, GaussianDenoiser, MixtureDenoiser, ProductDenoiser
 from osmose.gaussian.parametrization import noised
 from osmose.gaussian.schedule import Level, Schedule
-from osmose.methods.base import Batch
 from osmose.methods.diffusion import Diffusion
+from osmose.methods.messages import Batch
 from osmose.methods.times import UniformTimes
 
 #: The earliest time of a continuous schedule: at t = 0 most have no noise, and eps is not determined by x0.

@@ -40,9 +40,9 @@ from osmose.gaussian.trigflow import (
     angle_of,
     require_forward_derivative,
 )
-from osmose.methods.base import OnStep
 from osmose.methods.consistency import Consistency, Tangent
 from osmose.methods.diffusion import Diffusion
+from osmose.methods.messages import OnStep
 from osmose.training import files
 from osmose.training.recipes import spread
 from osmose.training.run import Run

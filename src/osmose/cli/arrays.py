@@ -13,7 +13,7 @@ import numpy as np
 
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
-from osmose.methods.base import Samples
+from osmose.methods.messages import Samples
 from osmose.training import files
 
 

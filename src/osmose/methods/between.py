@@ -35,17 +35,9 @@ from osmose.interpolants import PATHS
 from osmose.interpolants.fields import LEARNED, Fields, check_learned, read, require_score
 from osmose.interpolants.paths import Coefficients, Path, check_path, interpolate
 from osmose.interpolants.transport import Epsilon, FieldsAt, Solver, evaluations, grid, log_density, transport
-from osmose.methods.base import (
-    Batch,
-    BoundTerms,
-    GenerativeModel,
-    MethodConfig,
-    NetworkChoice,
-    OnStep,
-    SamplingConfig,
-    Watch,
-)
+from osmose.methods.base import GenerativeModel, MethodConfig, NetworkChoice, SamplingConfig
 from osmose.methods.chain import calibrate
+from osmose.methods.messages import Batch, BoundTerms, OnStep, Watch
 from osmose.methods.moments import level_step
 from osmose.networks.calibration import Levels, calibrations
 

@@ -46,17 +46,8 @@ from osmose.discrete.death import (
 )
 from osmose.errors import UserError
 from osmose.gaussian.draws import Draws
-from osmose.methods.base import (
-    Batch,
-    BoundTerms,
-    GenerativeModel,
-    LossTerms,
-    MethodConfig,
-    NetworkChoice,
-    OnStep,
-    SamplingConfig,
-    Watch,
-)
+from osmose.methods.base import GenerativeModel, MethodConfig, NetworkChoice, SamplingConfig
+from osmose.methods.messages import Batch, BoundTerms, LossTerms, OnStep, Watch
 from osmose.networks.presets import network_for
 
 SurvivalChoice = Annotated[SerializeAsAny[Survival], BeforeValidator(SURVIVALS.parse)]

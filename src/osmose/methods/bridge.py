@@ -25,11 +25,8 @@ from osmose.gaussian.draws import Draws
 from osmose.gaussian.parametrization import column
 from osmose.interpolants.fields import Fields
 from osmose.interpolants.transport import Epsilon, FieldsAt
-from osmose.methods.base import (
-    Batch,
-    LossTerms,
-)
 from osmose.methods.between import Between, Learned, Meeting, PathConfig, PathSampling
+from osmose.methods.messages import Batch, LossTerms
 from osmose.networks.presets import network_for
 
 #: Functions of time that a bridge's path is bent by, an even number.

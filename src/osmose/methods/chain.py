@@ -19,7 +19,8 @@ from osmose.gaussian.noise import Noise, WhiteNoise
 from osmose.gaussian.parametrization import Parametrization
 from osmose.gaussian.schedule import Level, Schedule
 from osmose.gaussian.solvers import DDIM, Solver
-from osmose.methods.base import Batch, GenerativeModel, MethodConfig, NetworkChoice, SamplingConfig, Watch
+from osmose.methods.base import GenerativeModel, MethodConfig, NetworkChoice, SamplingConfig
+from osmose.methods.messages import Batch, Watch
 from osmose.methods.moments import Moments
 from osmose.networks.calibration import Levels, calibrations
 from osmose.networks.presets import network_for

@@ -55,8 +55,9 @@ from osmose.gaussian.trigflow import (
     require_forward_derivative,
     turned,
 )
-from osmose.methods.base import Batch, GenerativeModel, LossTerms, SamplingConfig, Watch
+from osmose.methods.base import GenerativeModel, SamplingConfig
 from osmose.methods.chain import ParametrizationChoice, ProcessConfig, ScheduleChoice, calibrate
+from osmose.methods.messages import Batch, LossTerms, Watch
 from osmose.methods.times import LogNormalTimes, TimesChoice
 from osmose.networks.base import sinusoids
 from osmose.networks.copying import copy_weights

@@ -30,7 +30,7 @@ from osmose.gaussian.parametrization import EDMParametrization, EpsParametrizati
 from osmose.gaussian.schedule import CosineSchedule, Level, LinearSchedule, VarianceExploding
 from osmose.gaussian.solvers import Ancestral, Heun
 from osmose.methods import OBJECTIVES
-from osmose.methods.base import Batch, BoundTerms, LossTerms, OnStep, Regression, SamplingConfig, Watch
+from osmose.methods.base import SamplingConfig
 from osmose.methods.chain import (
     ChainModel,
     GaussianSampling,
@@ -39,6 +39,7 @@ from osmose.methods.chain import (
     ScheduleChoice,
     calibrate,
 )
+from osmose.methods.messages import Batch, BoundTerms, LossTerms, OnStep, Regression, Watch
 from osmose.methods.objectives import HybridObjective, Objective, Problem, SimpleObjective
 from osmose.methods.times import LogNormalTimes, TimesChoice, UniformTimes
 

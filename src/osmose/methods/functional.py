@@ -37,7 +37,8 @@ from torch import Tensor, nn
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import Draws
-from osmose.methods.base import Batch, GenerativeModel, LossTerms, MethodConfig, NetworkChoice, SamplingConfig, Watch
+from osmose.methods.base import GenerativeModel, MethodConfig, NetworkChoice, SamplingConfig
+from osmose.methods.messages import Batch, LossTerms, Watch
 from osmose.networks.base import Everywhere
 from osmose.networks.implicit import Implicit
 from osmose.networks.presets import network_for

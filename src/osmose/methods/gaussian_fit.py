@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import Draws
-from osmose.methods.base import Batch, LossTerms, MethodConfig, OneShot
+from osmose.methods.base import MethodConfig, OneShot
+from osmose.methods.messages import Batch, LossTerms
 from osmose.methods.moments import Moments, require_affordable
 
 

@@ -17,11 +17,8 @@ from osmose.errors import UserError
 from osmose.gaussian.draws import Draws
 from osmose.interpolants.coupling import ot_pairing
 from osmose.interpolants.transport import Epsilon
-from osmose.methods.base import (
-    Batch,
-    LossTerms,
-)
 from osmose.methods.between import Between, Learned, PathConfig, PathSampling
+from osmose.methods.messages import Batch, LossTerms
 from osmose.networks.presets import network_for
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
-from osmose.methods.base import Batch
+from osmose.methods.messages import Batch
 
 #: Values in an item beyond which D x D matrices, and their decompositions, are no longer a cheap beginning.
 _MOST = 8192

@@ -48,7 +48,7 @@ from osmose.gaussian.chain import LevelDecoder, ReverseChain, Variance
 from osmose.gaussian.denoiser import NetworkDenoiser
 from osmose.gaussian.parametrization import column, noised
 from osmose.gaussian.schedule import Level
-from osmose.methods.base import Batch, LossTerms
+from osmose.methods.messages import Batch, LossTerms
 
 #: The i-th noise of the items, i = 0, 1, ...: the same whenever it is asked for.
 NoiseOf = Callable[[int], Tensor]

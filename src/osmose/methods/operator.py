@@ -36,8 +36,9 @@ from osmose.errors import UserError
 from osmose.gaussian.denoiser import NetworkDenoiser
 from osmose.gaussian.draws import Draws
 from osmose.gaussian.schedule import CLEAN, Level
-from osmose.methods.base import Batch, GenerativeModel, LossTerms, SamplingConfig, Watch
+from osmose.methods.base import GenerativeModel, SamplingConfig
 from osmose.methods.chain import ProcessConfig
+from osmose.methods.messages import Batch, LossTerms, Watch
 from osmose.networks.copying import copy_weights
 from osmose.networks.temporal import TemporalNetwork
 

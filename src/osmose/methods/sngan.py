@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from osmose.data.dataset import DataSpec
 from osmose.gaussian.draws import Draws
-from osmose.methods.base import Batch, LossTerms, MethodConfig, OneShot
+from osmose.methods.base import MethodConfig, OneShot
+from osmose.methods.messages import Batch, LossTerms
 from osmose.networks.resnet import Contracting, Expanding, channels_for
 
 

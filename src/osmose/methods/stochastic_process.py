@@ -47,17 +47,9 @@ from osmose.gaussian.schedule import LinearSchedule, VPSchedule
 from osmose.gaussian.solvers import Ancestral, Heun
 from osmose.interpolants.transport import grid as even_grid
 from osmose.interpolants.transport import log_density
-from osmose.methods.base import (
-    Batch,
-    BoundTerms,
-    GenerativeModel,
-    LossTerms,
-    MethodConfig,
-    OnStep,
-    SamplingConfig,
-    Watch,
-)
+from osmose.methods.base import GenerativeModel, MethodConfig, SamplingConfig
 from osmose.methods.chain import GaussianSampling, ParametrizationChoice, ScheduleChoice
+from osmose.methods.messages import Batch, BoundTerms, LossTerms, OnStep, Watch
 from osmose.methods.times import TimesChoice, UniformTimes
 from osmose.networks import SERIES_NETWORKS
 from osmose.networks.series import SeriesNetworkConfig, SeriesTransformerConfig

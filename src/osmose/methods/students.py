@@ -20,8 +20,9 @@ from osmose.gaussian.draws import Draws
 from osmose.gaussian.grid import Spacing, TimeGrid
 from osmose.gaussian.jumps import Partition
 from osmose.gaussian.solvers import DDIM
-from osmose.methods.base import Batch, GenerativeModel, LossTerms, MethodChoice, MethodConfig, SamplingConfig, Watch
+from osmose.methods.base import GenerativeModel, MethodChoice, MethodConfig, SamplingConfig
 from osmose.methods.chain import ChainModel
+from osmose.methods.messages import Batch, LossTerms, Watch
 
 #: So many groups of equal length, or the last step of each group.
 Groups = int | tuple[int, ...]

@@ -22,8 +22,9 @@ from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import Draws, SampleDraws, seeded
 from osmose.gaussian.schedule import CLEAN, Level
-from osmose.methods.base import Batch, GenerativeModel, LossTerms, MethodChoice, MethodConfig, SamplingConfig, Watch
+from osmose.methods.base import GenerativeModel, MethodChoice, MethodConfig, SamplingConfig
 from osmose.methods.chain import ChainModel, GaussianSampling
+from osmose.methods.messages import Batch, LossTerms, Watch
 
 
 class Source(Config, ABC):

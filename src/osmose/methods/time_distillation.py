@@ -45,7 +45,7 @@ from osmose.gaussian.draws import Draws
 from osmose.gaussian.jumps import Partition, heun_x0, jump, share_of_first, take
 from osmose.gaussian.parametrization import column, noised
 from osmose.gaussian.schedule import Level
-from osmose.methods.base import Batch, LossTerms
+from osmose.methods.messages import Batch, LossTerms
 from osmose.methods.students import StudentConfig, Students
 from osmose.networks.averaging import newest_share
 from osmose.networks.calibration import calibrations

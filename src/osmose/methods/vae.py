@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from osmose.data.dataset import DataSpec
 from osmose.gaussian.draws import Draws
-from osmose.methods.base import Batch, LossTerms, MethodConfig, OneShot
+from osmose.methods.base import MethodConfig, OneShot
+from osmose.methods.messages import Batch, LossTerms
 from osmose.networks.resnet import Contracting, Expanding, channels_for
 
 #: log sigma^2 for each unit of its parameter. Adam moves every parameter by about the learning rate a step, and this

@@ -14,7 +14,8 @@ from torch import Tensor
 from osmose.configuration import Config, ConfigError
 from osmose.data.dataset import Dataset
 from osmose.errors import UserError
-from osmose.methods.base import GenerativeModel, OnStep
+from osmose.methods.base import GenerativeModel
+from osmose.methods.messages import OnStep
 from osmose.metrics.evaluate import Score, score_samples
 from osmose.metrics.features import FeatureNetwork
 from osmose.training import files

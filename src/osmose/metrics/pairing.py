@@ -21,10 +21,11 @@ from osmose.data.dataset import Dataset, DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.noise import Noise
 from osmose.gaussian.solvers import DDIM, Ancestral
-from osmose.methods.base import GenerativeModel, OnStep, SamplingConfig
+from osmose.methods.base import GenerativeModel, SamplingConfig
 from osmose.methods.chain import ProcessConfig
 from osmose.methods.consistency import ConsistencyConfig
 from osmose.methods.diffusion import DiffusionConfig
+from osmose.methods.messages import OnStep
 from osmose.methods.operator import DSNOConfig
 from osmose.methods.students import DistilledConfig, StudentConfig
 from osmose.metrics.evaluation import Evaluation, Paired, evaluate_run, headline, record

@@ -11,8 +11,9 @@ import torch
 from osmose.analysis.cost import macs_of, num_parameters
 from osmose.data.dataset import DataSpec
 from osmose.gaussian.draws import StepDraws
-from osmose.methods.base import Batch, GenerativeModel
+from osmose.methods.base import GenerativeModel
 from osmose.methods.diffusion import DDPMConfig
+from osmose.methods.messages import Batch
 from osmose.studies.measures import at_equal_time, step_seconds
 from osmose.studies.plots import draw, log_scale, panels
 from osmose.studies.study import Cell, Claim, Results, Row, Study, Trained

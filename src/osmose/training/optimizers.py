@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from osmose.configuration import Config, Registry
 from osmose.errors import UserError
-from osmose.methods.base import Regression
+from osmose.methods.messages import Regression
 from osmose.networks.tensor_train import TensorTrain
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from osmose.data.dataset import DataConfig, Dataset, DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import StepDraws
 from osmose.methods import METHODS, TAUGHT
-from osmose.methods.base import Batch
+from osmose.methods.messages import Batch
 from osmose.training.config import RunConfig, TrainingConfig
 from osmose.training.optimizers import suited_to
 from osmose.training.progress import Progress

@@ -21,7 +21,8 @@ from osmose.data.pictures import has_picture, picture
 from osmose.errors import UserError
 from osmose.gaussian.draws import StepDraws, mix, seeded
 from osmose.methods import COMPOSED
-from osmose.methods.base import Batch, GenerativeModel, LossTerms
+from osmose.methods.base import GenerativeModel
+from osmose.methods.messages import Batch, LossTerms
 from osmose.training import files
 from osmose.training.checkpoint import Checkpoints
 from osmose.training.config import RunConfig

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from osmose.methods.base import LossTerms
+from osmose.methods.messages import LossTerms
 
 _LOSSES = ("loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4")
 
