@@ -10,7 +10,7 @@ from osmose.analysis import baselines
 from osmose.analysis.backtest import cases_of, contest
 from osmose.analysis.filling import forecast, impute
 from osmose.data.dataset import DataConfig, DataSpec
-from osmose.data.series import Series
+from osmose.data.timetables import Series
 from osmose.errors import UserError
 from osmose.methods import METHODS
 
@@ -89,7 +89,7 @@ def model_of(table, task="any", window=20, **data):
 
 
 def series(table, stop=None):
-    from osmose.data.series import read_table
+    from osmose.data.timetables import read_table
 
     whole = read_table(table).series[0]
     return Series("", whole.times[:stop], whole.values[:stop].copy())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from osmose.data.dataset import DataConfig
-from osmose.data.series import format_time, read_table
+from osmose.data.timetables import format_time, read_table
 from osmose.errors import UserError
 
 

@@ -84,8 +84,10 @@ def test_series_are_brought_to_one_grid_by_straight_lines():
     times = torch.tensor([[0.0, 1.0, 3.0], [0.0, 2.0, math.nan]], dtype=torch.float64)
     values = torch.tensor([[[0.0, 2.0, 6.0]], [[1.0, math.nan, math.nan]]])
     grid = torch.tensor([-1.0, 0.5, 2.0, 9.0], dtype=torch.float64)
-    assert on_grid(values, times, grid)[:, 0].tolist() == [[0, 1, 4, 6], [1, 1, 1, 1]]
+    assert on_grid(values, times, grid, torch.zeros(1))[:, 0].tolist() == [[0, 1, 4, 6], [1, 1, 1, 1]]
     assert common_grid(times).tolist() == [0.0, 1.0, 2.0]
+    empty = torch.full((1, 1, 3), math.nan)
+    assert on_grid(empty, times[:1], grid, torch.tensor([5.0]))[0, 0].tolist() == [5.0] * 4
 
 
 def test_roughness_looks_at_close_neighbours_alone():

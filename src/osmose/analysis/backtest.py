@@ -13,7 +13,8 @@ from torch import Tensor
 from osmose.analysis import baselines
 from osmose.analysis.filling import Filled, forecast
 from osmose.data.dataset import DataConfig, Dataset, SeriesForm
-from osmose.data.series import Series, table_of
+from osmose.data.series_sources import table_of
+from osmose.data.timetables import Series
 from osmose.errors import UserError
 from osmose.gaussian.draws import seeded
 from osmose.methods.base import GenerativeModel

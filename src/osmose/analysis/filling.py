@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from osmose.data.series import Series
+from osmose.data.timetables import Series
 from osmose.errors import UserError
 from osmose.methods.base import GenerativeModel
 from osmose.methods.messages import OnStep

@@ -117,7 +117,7 @@ class Forecast:
 
 def _times_of(path: Path, time_column: str, unit: str) -> Any:
     """The times of a table, float64 (H,), whatever else stands in it."""
-    from osmose.data.series import times_in
+    from osmose.data.timetables import times_in
 
     return times_in(path, time_column, unit)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from osmose.analysis.filling import Filled
 from osmose.data.dataset import SeriesForm
-from osmose.data.series import UNITS, Series, SeriesTable, format_time, read_table
+from osmose.data.timetables import UNITS, Series, SeriesTable, format_time, read_table
 from osmose.errors import UserError
 from osmose.training import files
 

@@ -23,14 +23,17 @@ SOURCES = Registry(
         "csv": ("osmose.data.arrays:load_csv", "csv:PATH, points, one row each, with a header line"),
         "counts": ("osmose.data.arrays:load_counts", "counts:PATH, whole numbers from 0 on, a .csv or an .npz"),
         "series": (
-            "osmose.data.series:load_series",
+            "osmose.data.series_sources:load_series",
             "series:PATH, time series with gaps, a .csv with a time in each row or an .npz",
         ),
         "etth1": (
-            "osmose.data.series:load_etth1",
+            "osmose.data.series_sources:load_etth1",
             "hourly loads of a transformer, from ETTh1.csv.gz under --data-root",
         ),
-        "fx-8": ("osmose.data.series:load_fx8", "eight exchange rates, from the Fed's H.10 file under --data-root"),
+        "fx-8": (
+            "osmose.data.series_sources:load_fx8",
+            "eight exchange rates, the Fed's H.10 file under --data-root",
+        ),
         "process": (
             "osmose.data.processes:load_process",
             "process:NAME, simulated series at irregular times: ou, sine, cir, lorenz, predator-prey, sink",

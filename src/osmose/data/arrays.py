@@ -348,7 +348,7 @@ def _table(path: Path, source: str, least: int = MINIMUM_ROWS) -> tuple[list[str
 def _require_header(source: str, header: Sequence[str]) -> None:
     if not header:
         raise UserError(f"{source}: empty; a header line and {MINIMUM_ROWS} or more rows of numbers are needed")
-    if all(_number(name) is not None for name in header):
+    if all(number(name) is not None for name in header):
         raise UserError(f"{source}: the first line holds numbers ({', '.join(header[:3])}); a header line is needed")
 
 
@@ -357,14 +357,15 @@ def _row(source: str, header: Sequence[str], row: Sequence[str], line: int) -> l
         raise UserError(f"{source}: line {line} has {len(row)} cells where the header has {len(header)}")
     numbers = []
     for name, cell in zip(header, row, strict=True):
-        number = _number(cell)
-        if number is None or not math.isfinite(number):
+        value = number(cell)
+        if value is None or not math.isfinite(value):
             raise UserError(f"{source}: line {line}, column {name!r}: {cell!r} is not a finite number")
-        numbers.append(number)
+        numbers.append(value)
     return numbers
 
 
-def _number(cell: str) -> float | None:
+def number(cell: str) -> float | None:
+    """The number that a cell of a table holds, None for anything else."""
     try:
         return float(cell)
     except ValueError:

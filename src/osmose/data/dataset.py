@@ -339,8 +339,17 @@ class Dataset:
 
 #: Sources of images in files of their own, which can be resized, converted, or left out when they are broken.
 _IMAGE_FILES = ("folder", "hub")
-_SERIES = ("series", "etth1", "fx-8")
-_OF_SERIES = ("time_column", "id_column", "columns", "window", "stride")
+#: Options that some sources take: which, and in words.
+_OPTIONS = {
+    "channels": (_IMAGE_FILES, "folder: and hub: data"),
+    "skip_bad": (_IMAGE_FILES, "folder: and hub: data"),
+    "max_count": (("counts",), "counts: data"),
+    "time_column": (("series",), "series: data"),
+    "id_column": (("series",), "series: data"),
+    "columns": (("series",), "series: data"),
+    "window": (("series", "etth1", "fx-8"), "series: data, etth1 and fx-8"),
+    "stride": (("series", "etth1", "fx-8"), "series: data, etth1 and fx-8"),
+}
 
 
 class DataConfig(Config):
@@ -385,15 +394,10 @@ class DataConfig(Config):
         if self.paired and self.start is None:
             raise UserError("paired: true needs data to begin with (start)")
         names = [text.partition(":")[0] for text in (self.source, self.start) if text is not None]
-        for option, value, users in (
-            ("channels", self.channels, _IMAGE_FILES),
-            ("skip_bad", self.skip_bad or None, _IMAGE_FILES),
-            ("max_count", self.max_count, ("counts",)),
-            *((name, getattr(self, name), _SERIES) for name in _OF_SERIES),
-        ):
+        for option, (users, words) in _OPTIONS.items():
+            value = getattr(self, option) or None
             if value is not None and not any(name in users for name in names):
-                wanted = " and ".join(f"{name}:" for name in users if name not in ("etth1", "fx-8"))
-                raise UserError(f"{option}: {value!r} is for {wanted} data; {names[0]!r} has none to change")
+                raise UserError(f"{option}: {value!r} is for {words}; {names[0]!r} has none to change")
         dataset = self._read()
         if self.start is None:
             return dataset

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from osmose.data.dataset import DataConfig, Dataset
-from osmose.data.series import Arrays, SeriesTable, assembled
+from osmose.data.series import Arrays, assembled
 from osmose.data.splitting import split_indices
 from osmose.errors import UserError, nearest
 
@@ -145,10 +145,5 @@ def load_process(argument: str, config: DataConfig) -> Dataset:
     x, t = torch.from_numpy(values.transpose(0, 2, 1)).float().contiguous(), torch.from_numpy(times)
     names = tuple("xyz"[: values.shape[2]])
     split = f"{len(second)} series chosen at random with split seed {config.split_seed}"
-    return assembled(
-        f"process:{argument}",
-        SeriesTable((), "", "time", None, names),
-        Arrays(x[first], t[first]),
-        Arrays(x[second], t[second]),
-        split,
-    )
+    parts = Arrays(x[first], t[first]), Arrays(x[second], t[second])
+    return assembled(f"process:{argument}", names, *parts, split)

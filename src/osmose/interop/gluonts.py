@@ -17,7 +17,7 @@ import torch
 
 from osmose.analysis.filling import forecast
 from osmose.data.dataset import DataConfig
-from osmose.data.series import Series
+from osmose.data.timetables import Series
 from osmose.errors import UserError
 from osmose.training import files
 from osmose.training.recipes import train as train_run

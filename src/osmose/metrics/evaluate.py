@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from osmose.data.dataset import Dataset, DataSpec
@@ -92,7 +93,7 @@ def score_samples(
         if times is None:
             raise UserError(f"times: samples of {dataset.source} are series with times of their own; give them")
         dataset, grid = evened(dataset)
-        samples = on_grid(samples, times, grid)
+        samples = on_grid(samples, times, grid, torch.tensor(dataset.spec.shift))
     spec = dataset.spec
     samples = admit(samples, spec)
     n, m = len(samples), num_real if num_real is not None else len(samples)

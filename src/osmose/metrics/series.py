@@ -21,13 +21,13 @@ def common_grid(times: Tensor) -> Tensor:
     return torch.linspace(float(times[:, 0].median()), float(last.median()), times.shape[1], dtype=torch.float64)
 
 
-def on_grid(values: Tensor, times: Tensor, grid: Tensor) -> Tensor:
+def on_grid(values: Tensor, times: Tensor, grid: Tensor, empty: Tensor) -> Tensor:
     """Values (n, C, L) at times (n, L) brought to the times of a grid (G,) by straight lines, float32 (n, C, G).
 
     Missing values (NaN) are passed over; before the first and after the last known value it stays as it is; a column
-    without any known value is 0 in deviations, which is its mean.
+    of an item without any known value has that of `empty` (C,) throughout.
     """
-    found = np.zeros((*values.shape[:2], len(grid)), dtype=np.float32)
+    found = empty.float()[None, :, None].repeat(len(values), 1, len(grid)).numpy()
     wanted, x, t = grid.numpy(), values.numpy(), times.numpy()
     for item in range(len(x)):
         for column in range(x.shape[1]):
@@ -43,12 +43,13 @@ def evened(dataset: Dataset) -> tuple[Dataset, Tensor]:
     assert dataset.train_times is not None
     assert dataset.held_out_times is not None
     grid = common_grid(dataset.train_times)
-    form = dataset.spec.series.replace(regular=True)
+    form = dataset.spec.series.replace(regular=True, times=grid.tolist())
+    mean = torch.tensor(dataset.spec.shift)
     made = replace(
         dataset,
         spec=dataset.spec.replace(series=form.to_json(), shape=(dataset.spec.shape[0], len(grid))),
-        train=on_grid(dataset.train, dataset.train_times, grid),
-        held_out=on_grid(dataset.held_out, dataset.held_out_times, grid),
+        train=on_grid(dataset.train, dataset.train_times, grid, mean),
+        held_out=on_grid(dataset.held_out, dataset.held_out_times, grid, mean),
         train_times=grid.repeat(len(dataset.train), 1),
         held_out_times=grid.repeat(len(dataset.held_out), 1),
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from osmose.analysis import baselines
 from osmose.analysis.backtest import Case, cases_of, contest, simple_forecasts
 from osmose.data.dataset import DataConfig
-from osmose.data.series import ETTH1_ROWS
+from osmose.data.series_sources import ETTH1_ROWS
 from osmose.metrics.forecasts import forecast_scores
 from osmose.studies.forecast_libraries import deepar, statistical
 from osmose.studies.plots import panels

@@ -250,9 +250,9 @@ def compared(
     ratio = squared_steps(made, made_times, gap) / squared_steps(real, real_times, gap)
     grid = common_grid(real_times)
     coarse, fine = (torch.linspace(float(grid[0]), float(grid[-1]), k, dtype=torch.float64) for k in (12, 24))
-    unit = scale[:, None]
-    a, b = (on_grid(x, t, coarse) / unit for x, t in ((made, made_times), (real, real_times)))
-    wide_a, wide_b = (on_grid(x, t, fine) / unit for x, t in ((made, made_times), (real, real_times)))
+    unit, nothing = scale[:, None], torch.zeros_like(scale)  # nothing is missing here
+    a, b = (on_grid(x, t, coarse, nothing) / unit for x, t in ((made, made_times), (real, real_times)))
+    wide_a, wide_b = (on_grid(x, t, fine, nothing) / unit for x, t in ((made, made_times), (real, real_times)))
     cov_a, cov_b = (torch.cov(x.flatten(1).T.double()) for x in (a, b))
     x, y = a.flatten(1).double(), b.flatten(1).double()
     spread = (x[:, None] - x[None]).abs().sum((0, 1)) / (len(x) * (len(x) - 1))
