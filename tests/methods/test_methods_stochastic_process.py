@@ -138,7 +138,7 @@ def test_errors_of_raw_output_are_weighted_by_the_covariance():
     # Networks begin at 0: the loss is the target itself, in one unit or the other.
     level = whitened.config.schedule.level(whitened.times.draw(draws.again())[0])
     assert level.t.shape == (4,)
-    setting, x = whitened._hide(batch, draws)
+    setting, x = whitened.hiding.hide(batch, draws)
     u0 = whitened._whiten(x, setting)
     t, _ = whitened.times.draw(draws)
     eps = whitened._noise(draws, setting).double()
@@ -243,7 +243,7 @@ def test_what_is_hidden_is_the_task(task):
     times = irregular(400)
     times[:100, 6:] = math.nan
     x0[:100, :, 6:] = math.nan
-    setting, _ = model._hide(Batch(x0, times=times), StepDraws(0, 0, 0, 400, 400))
+    setting, _ = model.hiding.hide(Batch(x0, times=times), StepDraws(0, 0, 0, 400, 400))
     there, hidden = x0.isfinite(), setting.hidden > 0
     assert not (hidden & ~there).any()
     assert torch.equal((setting.known > 0) | hidden, there)
@@ -263,7 +263,7 @@ def test_what_is_hidden_is_the_task(task):
 def test_local_units_are_those_of_what_is_known():
     model = built(task="forecast", local=True, kernel={"kind": "brownian", "origin": -1.0})
     x0 = 1000 * drawn(3) + 100  # what is added to a small deviation is nothing beside this one
-    setting, x = model._hide(Batch(x0, times=grid(3)), StepDraws(0, 0, 0, 3, 3))
+    setting, x = model.hiding.hide(Batch(x0, times=grid(3)), StepDraws(0, 0, 0, 3, 3))
     seen = x[:, 0, :5]
     assert torch.allclose(seen.mean(1), torch.zeros(3, dtype=torch.float64), atol=1e-9)
     assert torch.allclose(seen.std(1, correction=0), torch.ones(3, dtype=torch.float64), atol=1e-6)
@@ -284,10 +284,10 @@ def test_absent_values_have_no_influence():
     x0, times = drawn(2, 2), irregular(2)
     x0[0, 1, 2] = math.nan
     x0[1, :, 6:], times[1, 6:] = math.nan, math.nan
-    setting, x = model._hide(Batch(x0, times=times), StepDraws(0, 0, 0, 2, 2))
+    setting, x = model.hiding.hide(Batch(x0, times=times), StepDraws(0, 0, 0, 2, 2))
     u = model._whiten(x, setting)
     out = model.denoiser.network(u, torch.full((2,), 500.0), setting)
-    alone = model._setting(x0[1:, :, :6], times[1:, :6], setting.hidden[1:, :, :6] > 0, None)
+    alone = model.hiding.setting(x0[1:, :, :6], times[1:, :6], setting.hidden[1:, :, :6] > 0, None)
     again = model.denoiser.network(u[1:, :, :6], torch.full((1,), 500.0), alone)
     assert torch.allclose(out[1:, :, :6], again, atol=1e-9)
     assert not out[1, :, 6:].any()

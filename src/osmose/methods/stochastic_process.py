@@ -6,14 +6,7 @@ diffused by white noise: schedules, parametrizations and solvers are those of ev
 process expects given the known values, s the deviation of each column of U in training.
 
 Each value of an item is hidden, known or absent. The model draws the hidden ones given the known ones; absent values,
-missing in the data, take no part. What is hidden in training is the task:
-
-=========== ==============================================================================================
-generate    all that there is
-forecast    the last `horizon` times
-impute      values at random, their share uniform in [0, 1]
-any         each of these for a third of the items
-=========== ==============================================================================================
+missing in the data, take no part. What is hidden in training is the task (`methods.hiding`).
 
 With `pinned` the noise is that of the process given that it vanishes at known values: a forecast starts at the last
 one, an imputation joins both ends, and m is the kriging mean. Without, as published, noise ignores what is known and
@@ -29,7 +22,6 @@ from __future__ import annotations
 import math
 from abc import ABC
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -38,38 +30,31 @@ from torch import Tensor, nn
 
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
-from osmose.gaussian.chain import ReverseChain, Variance
+from osmose.gaussian.chain import Variance
 from osmose.gaussian.denoiser import Conditioned, NetworkDenoiser
 from osmose.gaussian.draws import Draws, StepDraws
 from osmose.gaussian.grid import TimeGrid
-from osmose.gaussian.parametrization import VParametrization, column, noised, velocity
+from osmose.gaussian.parametrization import VParametrization, column, noised
 from osmose.gaussian.schedule import LinearSchedule, VPSchedule
 from osmose.gaussian.solvers import Ancestral, Heun
-from osmose.interpolants.transport import grid as even_grid
-from osmose.interpolants.transport import log_density
 from osmose.methods.base import GenerativeModel, MethodConfig, SamplingConfig
 from osmose.methods.chain import GaussianSampling, ParametrizationChoice, ScheduleChoice
+from osmose.methods.densities import Hidden, Scored, by_flow, in_steps
+from osmose.methods.hiding import Hiding, Setting, Task
 from osmose.methods.messages import Batch, BoundTerms, LossTerms, OnStep, Watch
 from osmose.methods.times import TimesChoice, UniformTimes
 from osmose.networks import SERIES_NETWORKS
 from osmose.networks.series import SeriesNetworkConfig, SeriesTransformerConfig
 from osmose.processes import KERNELS
-from osmose.processes.factors import Factor
 from osmose.processes.kernels import Kernel, OUKernel
 
 SeriesNetworkChoice = Annotated[SerializeAsAny[SeriesNetworkConfig], BeforeValidator(SERIES_NETWORKS.parse)]
 KernelChoice = Annotated[SerializeAsAny[Kernel], BeforeValidator(KERNELS.parse)]
-Task = Literal["generate", "forecast", "impute", "any"]
 
 #: Sets of times that a run keeps, to draw samples at.
 _GRIDS = 256
-#: Added to the deviation of what is known of a column, in deviations of the training part: a flat stretch is not blown
-#: up, and does not drown all others in the loss.
-_LEAST = 0.05
 #: Times that cover so many times as much as those of training, or are so many times closer or farther, are unlike them.
 _FAR, _FREQUENCY = 1.5, 8.0
-#: Times between which the ODE of the density runs, its steps, and the values up to which its divergence is exact.
-_CAP, _STEPS, _EXACT = 1e-4, 100, 16
 
 
 class SeriesProcessConfig(MethodConfig, ABC):
@@ -117,35 +102,6 @@ class CSPDConfig(SeriesProcessConfig):
     kind: Literal["cspd"] = "cspd"
     schedule: ScheduleChoice = VPSchedule()
     sampling: GaussianSampling = GaussianSampling(num_steps=25, solver=Heun(), spacing="karras")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is known of a batch of items, and the noise that goes with it.
-
-    Attributes:
-        times, there: from the first on, (B, L), and where they exist.
-        known, hidden: 1 where a value is, 0 elsewhere, (B, C, L).
-        base: what the process expects: the known values where known, m where hidden, 0 elsewhere; local units.
-        factor: of the noise at the hidden values.
-        shift, scale: local units of each item are (x - shift) / scale, (B, C, 1).
-        classes: of a conditional model.
-    """
-
-    times: Tensor
-    there: Tensor
-    known: Tensor
-    hidden: Tensor
-    base: Tensor
-    factor: Factor
-    shift: Tensor
-    scale: Tensor
-    classes: Tensor | None
-
-    @property
-    def count(self) -> Tensor:
-        """Hidden values of each item, at least 1, (B,)."""
-        return self.hidden.flatten(1).sum(1).clamp(min=1)
 
 
 class _Whitened(nn.Module):
@@ -202,6 +158,7 @@ class SeriesProcess(GenerativeModel):
         if config.local and config.task == "generate":
             raise UserError("local: true measures from what is known, and with task=generate nothing is; use false")
         self.kernel = config.kernel.fitted(form.memory, form.first)
+        self.hiding = Hiding(self.kernel, config.pinned, config.local, config.task, config.horizon)
         self.kernel.factor(cast(Tensor, spec.some_times(1)))  # refuses what does not fit the times
         self.denoiser = NetworkDenoiser(_Whitened(config, spec), config.schedule, config.parametrization)
         self.times = config.times.build(config.schedule)
@@ -239,7 +196,9 @@ class SeriesProcess(GenerativeModel):
     def probe(self, items: int) -> None:
         batch = Batch.made(self.spec, items, self.config.conditional, self.device)
         assert batch.times is not None
-        setting = self._setting(batch.x0, batch.times, torch.ones(batch.x0.shape, dtype=torch.bool), batch.condition)
+        setting = self.hiding.setting(
+            batch.x0, batch.times, torch.ones(batch.x0.shape, dtype=torch.bool), batch.condition
+        )
         self._network(batch.x0, torch.full((items,), 500.0, device=self.device), setting)
 
     def complaints(self) -> list[str]:
@@ -277,7 +236,7 @@ class SeriesProcess(GenerativeModel):
                 times=batch.times[rows],
             )
             draws = StepDraws(0, index, 0, len(rows), len(rows), self.device).branch("scale")
-            setting, x = self._hide(part, draws)
+            setting, x = self.hiding.hide(part, draws)
             u = setting.factor.whiten((x - setting.base) * setting.hidden)
             squares += u.cpu().double().square().sum((0, 2))
             counts += setting.hidden.cpu().double().sum((0, 2))
@@ -291,7 +250,7 @@ class SeriesProcess(GenerativeModel):
         every = torch.cat([batch.times for batch in items if batch.times is not None])
         values = torch.cat([batch.x0.cpu() for batch in items])
         there = values.isfinite()
-        known = there & ~self._late(there, every)
+        known = there & ~self.hiding.late(there, every)
         useful = torch.arange(len(every))
         if self.config.task == "forecast":  # with something to go on from, and something to come
             useful = (known.flatten(1).any(1) & (there & ~known).flatten(1).any(1)).nonzero().flatten()
@@ -310,7 +269,7 @@ class SeriesProcess(GenerativeModel):
             self.seen.copy_(known[place])
 
     def loss(self, batch: Batch, draws: Draws) -> LossTerms:
-        setting, x = self._hide(batch, draws)
+        setting, x = self.hiding.hide(batch, draws)
         u0 = self._whiten(x, setting)
         t, weight = self.times.draw(draws)
         level = self.config.schedule.level(t)
@@ -325,66 +284,6 @@ class SeriesProcess(GenerativeModel):
 
     def after_step(self, parts: Any) -> None:  # noqa: ARG002
         self.times.commit()
-
-    def _hide(self, batch: Batch, draws: Draws, task: Task | None = None) -> tuple[Setting, Tensor]:
-        """Items with some of their values hidden as the task has it, and their values in local units."""
-        assert batch.times is not None
-        there = batch.x0.isfinite().cpu()
-        hidden = self._hidden(there, batch.times, draws, self.config.task if task is None else task)
-        setting = self._setting(batch.x0, batch.times, hidden, batch.condition)
-        x = torch.where(batch.x0.isfinite(), (batch.x0 - setting.shift) / setting.scale, 0.0)
-        return setting, x
-
-    def _hidden(self, there: Tensor, times: Tensor, draws: Draws, task: Task) -> Tensor:
-        """Which of the values that there are, bool (B, C, L) on the CPU, are hidden."""
-        if task == "generate":
-            return there
-        forecast = self._late(there, times)
-        if task == "forecast":
-            return forecast
-        share = draws.uniform().view(-1, 1, 1)
-        drawn = torch.special.ndtr(draws.normal(tuple(there.shape[1:])).cpu())
-        some = there & (drawn < share)
-        if task == "impute":
-            return some
-        kind = (3 * draws.uniform()).view(-1, 1, 1)
-        return torch.where(kind < 1, there, torch.where(kind < 2, forecast, some))
-
-    def _late(self, there: Tensor, times: Tensor) -> Tensor:
-        """Which of the values that there are belong to the horizon."""
-        lengths = times.isfinite().sum(1, keepdim=True)
-        late = torch.arange(times.shape[1])[None] >= lengths - self.config.horizon
-        return there & late[:, None]
-
-    def _setting(self, x0: Tensor, times: Tensor, hidden: Tensor, classes: Tensor | None) -> Setting:
-        """See `Setting`; x0 (B, C, L) in the model's units, NaN where absent; hidden bool, on the CPU."""
-        device, exists = x0.device, times.isfinite()
-        known = x0.isfinite().cpu() & ~hidden & exists[:, None]
-        hidden = hidden & exists[:, None]
-        seen = known.to(device)
-        values = torch.where(seen, x0, 0.0)
-        shift, scale = torch.zeros_like(values[..., :1]), torch.ones_like(values[..., :1])
-        if self.config.local:
-            count = seen.sum(2, keepdim=True)
-            some = count.clamp(min=1)
-            shift = values.sum(2, keepdim=True) / some
-            spread = (torch.where(seen, values - shift, 0.0).square().sum(2, keepdim=True) / some).sqrt()
-            scale = torch.where(count > 0, (spread.square() + _LEAST**2).sqrt(), 1.0)
-            values = torch.where(seen, (values - shift) / scale, 0.0)
-        factor = self.kernel.factor(times, hidden, known, pinned=self.config.pinned)
-        dtype = x0.dtype
-        return Setting(
-            # From the first on: where there is no float64, an hour would be lost beside a date.
-            times=(times - times[:, :1]).to(device, torch.float64 if device.type != "mps" else torch.float32),
-            there=exists.to(device),
-            known=seen.to(dtype),
-            hidden=hidden.to(device, dtype),
-            base=factor.expect(values),
-            factor=factor,
-            shift=shift,
-            scale=scale,
-            classes=classes,
-        )
 
     def _whiten(self, x: Tensor, setting: Setting) -> Tensor:
         """U of values in local units, 0 where nothing is hidden."""
@@ -437,7 +336,7 @@ class SeriesProcess(GenerativeModel):
             hidden &= (torch.arange(known.shape[2]) > last[:, None])[:, None]
         self._admit(known, hidden)
         self._compare(times)
-        setting = self._setting(known, times, hidden, condition)
+        setting = self.hiding.setting(known, times, hidden, condition)
         grid = self._grid(sampling)
         u = self._noise(draws, setting) * self.config.schedule.prior_std
         denoise = Conditioned(self.denoiser, cast(Tensor, setting), None)
@@ -490,21 +389,21 @@ class SeriesProcess(GenerativeModel):
         with torch.inference_mode(False), torch.no_grad():  # the ODE's divergence is a derivative
             classes = None if batch.condition is None else batch.condition.clone()
             whole = Batch(batch.x0.clone(), classes, times=batch.times)
-            setting, x = self._hide(whole, draws.branch("hidden"), "generate" if self.config.task == "any" else None)
+            setting, x = self.hiding.hide(
+                whole, draws.branch("hidden"), "generate" if self.config.task == "any" else None
+            )
             u0 = self._whiten(x, setting)
         unit = self._network.scale.cpu().double() * setting.scale.cpu().double()
         unit = unit * torch.tensor(self.spec.scale, dtype=torch.float64)[:, None]
         volume = (setting.hidden.cpu().double() * (unit.log() + setting.factor.log_det())).flatten(1).sum(1)
-        scored = self._steps if self.config.schedule.native_steps else self._flow
-        if variance is not None and not self.config.schedule.native_steps:
-            raise UserError(f"variance: the ODE of {self.config.kind} has none to choose")
-        t, prior, steps, errors = scored(u0, setting, draws, on_step, num_steps, variance)
         count = setting.count.cpu().double()
+        found = self._scored(u0, setting, draws, on_step, num_steps, variance)
+        errors = None if found.errors is None else found.errors / count[:, None]
         exact = not self.config.schedule.native_steps
-        errors = None if errors is None else errors / count[:, None]
-        return BoundTerms(t, (prior + volume) / count, steps / count[:, None], errors, is_density=True, is_exact=exact)
+        steps = found.steps / count[:, None]
+        return BoundTerms(found.t, (found.prior + volume) / count, steps, errors, is_density=True, is_exact=exact)
 
-    def _steps(
+    def _scored(
         self,
         u0: Tensor,
         setting: Setting,
@@ -512,68 +411,15 @@ class SeriesProcess(GenerativeModel):
         on_step: OnStep,
         num_steps: int | None,
         variance: str | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Times (K,), L_T and the terms of the bound in nats of U, (n,) and (n, K), and squared errors, (n, K)."""
+    ) -> Scored:
+        """The likelihood of U: in steps its bound, in continuous time by the flow."""
+        problem = Hidden(self.denoiser, setting, setting.hidden, lambda: self._noise(draws, setting).to(u0.dtype))
+        if self.config.schedule.native_steps is None:
+            if variance is not None:
+                raise UserError(f"variance: the ODE of {self.config.kind} has none to choose")
+            return by_flow(problem, u0, on_step, num_steps)
         solver = self.config.sampling.solver
         kind = variance or (solver.variance if isinstance(solver, Ancestral) else "fixed_small")
         if kind not in ("fixed_small", "fixed_large"):
             raise UserError(f"variance: {kind!r} is not valid: should be 'fixed_small' or 'fixed_large'")
-        schedule = self.config.schedule
-        steps = num_steps or schedule.native_steps
-        assert steps is not None
-        chain = ReverseChain(TimeGrid.of(schedule, steps))
-        table, size = torch.empty(len(u0), steps, dtype=torch.float64), u0[0].numel()
-        errors = torch.empty_like(table)
-        # The chain's terms are means over all values: those that are not hidden, where both sides are 0, are taken out.
-        idle, nothing = size - setting.hidden.flatten(1).sum(1).cpu().double(), torch.zeros(1, 1, dtype=torch.float64)
-        for index, level in enumerate(chain.levels):
-            eps, k = self._noise(draws, setting).to(u0.dtype), torch.full((len(u0),), index + 1)
-            estimate = self.denoiser(noised(u0, eps, level), level, cast(Tensor, setting))
-            log_variance = chain.log_variance(cast(Variance, kind), k, None, u0)
-            terms = chain.term(k, u0, estimate, log_variance, None).cpu().double()
-            one = chain.log_variance(cast(Variance, kind), k[:1], None, nothing)
-            table[:, index] = terms * size - idle * chain.term(k[:1], nothing, nothing, one, None)
-            errors[:, index] = (u0 - estimate).square().flatten(1).sum(1)
-            on_step(index + 1, steps)
-        prior = chain.prior_term(u0.cpu().double(), schedule.prior_std) * size
-        prior = prior - idle * chain.prior_term(nothing, schedule.prior_std)
-        return torch.tensor([level.t for level in chain.levels], dtype=torch.float64), prior, table, errors
-
-    def _flow(
-        self,
-        u0: Tensor,
-        setting: Setting,
-        draws: Draws,
-        on_step: OnStep,
-        num_steps: int | None,
-        variance: str | None,  # noqa: ARG002
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Times of the steps, -log density of the noise at the end, and minus the change of volume of each step."""
-        schedule, count = self.config.schedule, num_steps or _STEPS
-        shape = tuple(u0.shape[1:])
-        with torch.inference_mode(False):
-            hidden = setting.hidden
-
-            def slope(t: float, u: Tensor) -> Tensor:
-                on_step(min(count, 1 + round(t * count)), count)
-                (level,) = TimeGrid.at(schedule, torch.tensor([t], dtype=torch.float64)).levels[:1]
-                x0 = self.denoiser(u, level, cast(Tensor, setting))
-                eps = (u - level.alpha * x0) / level.sigma
-                at = torch.tensor(t, dtype=torch.float64)
-                moved = velocity(x0, eps, float(schedule.alpha_dot(at)), float(schedule.sigma_dot(at)))
-                return moved * hidden  # what is not hidden stays, and adds nothing to the divergence
-
-            def log_prior(u: Tensor) -> Tensor:
-                z = (u / schedule.prior_std).cpu().double().square() + math.log(2 * math.pi * schedule.prior_std**2)
-                return -(z * hidden.cpu().double()).flatten(1).sum(1) / 2
-
-            log_p, integrals = log_density(
-                slope,
-                u0,
-                even_grid(count, _CAP, 1.0),
-                log_prior,
-                "exact" if u0[0].numel() <= _EXACT else "hutchinson",
-                normal=lambda: draws.normal(shape) * hidden,
-            )
-        t = torch.linspace(_CAP, 1, count + 1, dtype=torch.float64)
-        return (t[1:] + t[:-1]) / 2, -log_p, -integrals, None
+        return in_steps(problem, u0, cast(Variance, kind), on_step, num_steps or self.config.schedule.native_steps)
