@@ -46,6 +46,7 @@ class Forecast:
         from osmose.analysis.filling import forecast
         from osmose.cli.devices import device
         from osmose.cli.tables import QUANTILES, fan_chart, quantile_rows, read_quantiles, series_of, write_table
+        from osmose.data.timetables import times_in
         from osmose.training import files
         from osmose.training.run import Run
 
@@ -69,7 +70,7 @@ class Forecast:
         horizon = getattr(model.config, "horizon", 1) if self.horizon is None else self.horizon
         if horizon < 1:
             raise UserError(f"--horizon: {horizon} is not valid: must be at least 1")
-        given = None if self.at is None else _times_of(self.at, form.time_column, form.unit)
+        given = None if self.at is None else times_in(self.at, form.time_column, form.unit)
         found, drawn = [], []
         with quiet_warnings(), sampling_bar("forecasting", not (self.quiet or self.json)) as on_step:
             for index, series in enumerate(table.series):
@@ -113,13 +114,6 @@ class Forecast:
         values = {"out": str(self.out), "chart": str(chart), "series": count, "horizon": len(times)}
         again = f"osmose backtest {self.model}"
         return Result(values | {"samples": self.samples, "nfe": nfe, "seed": self.seed}, [first], again)
-
-
-def _times_of(path: Path, time_column: str, unit: str) -> Any:
-    """The times of a table, float64 (H,), whatever else stands in it."""
-    from osmose.data.timetables import times_in
-
-    return times_in(path, time_column, unit)
 
 
 def _write_paths(path: Path, found: Any, horizon: int) -> None:
