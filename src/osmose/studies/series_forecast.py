@@ -13,7 +13,7 @@ from osmose.analysis.backtest import Case, cases_of, contest, simple_forecasts
 from osmose.data.dataset import DataConfig
 from osmose.data.series_sources import ETTH1_ROWS
 from osmose.metrics.forecasts import forecast_scores
-from osmose.studies.forecast_libraries import deepar, statistical
+from osmose.studies.libraries import deepar, statistical
 from osmose.studies.plots import panels
 from osmose.studies.study import Cell, Claim, Results, Row, Study, Trained
 from osmose.studies.verdicts import lower, mean_and_spread

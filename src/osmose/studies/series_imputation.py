@@ -11,6 +11,7 @@ from osmose.analysis import baselines
 from osmose.data.dataset import DataConfig, Dataset
 from osmose.gaussian.draws import seeded
 from osmose.metrics.forecasts import weighted_quantile_loss
+from osmose.studies.libraries import csdi
 from osmose.studies.plots import draw, panels
 from osmose.studies.study import Cell, Claim, Results, Row, Study, Trained
 from osmose.studies.verdicts import lower, mean_and_spread
@@ -26,10 +27,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
         {"kernel": {"kind": "ou", "length_scale": 10.0}, "pinned": False},
         "as ou, but noise ignores what is known",
     ),
-    "white": ({"kernel": "white"}, "independent noise: CSDI's form of the problem, with the same network"),
+    "white": ({"kernel": "white"}, "independent noise: the form that CSDI gives the problem, with the same network"),
 }
 SHARES = (0.1, 0.5, 0.9)
-#: Rates of the Gaussian processes, per hour, and what they are called.
+#: Of the networks: dspd's width is 48.
+_UPDATES, _CSDI_CHANNELS = 800, 32
+#: Hours in which the Gaussian processes forget.
 _MEMORY = 10.0
 _METRICS = ("mae", "rmse", "crps")
 
@@ -38,15 +41,18 @@ class SeriesImputation(Study):
     """Values of ETTh1 hidden at random (10, 50, 90 %) in windows of 48 hours, each value by itself.
 
     7 columns, the first 14,400 hours, the last tenth held out; one network (attention, 2 layers of 48) for every share,
-    which is drawn uniformly in training, 1,200 updates of 32. Of each held-out window 20 samples of 50 steps (DDIM,
+    which is drawn uniformly in training, 800 updates of 32. Of each held-out window 20 samples of 50 steps (DDIM,
     eta = 1) are drawn; the estimate is their median.
+
+    `csdi`: CSDI as PyPOTS has it, 2 layers of 32 (attention along times and along columns), two passes over the windows
+    of training (about as many updates of 32), 20 samples of its 50 steps.
 
     `linear`: straight lines between known values of the same column. `kriging`: an Ornstein-Uhlenbeck process of rate
     0.1 an hour for each column by itself. `columns`: Gaussian process regression with the same law in time and the
     covariance of the columns in training: the best linear estimate under a separable law, with 1 % of noise.
 
     `mae` and `rmse` are of the estimate, in deviations of each column in training; `crps` is GluonTS's, of all hidden
-    values, in the same units. 60 windows, the same hidden values for all of them.
+    values, in the same units. 40 windows, the same hidden values for all of them.
     """
 
     title = "Gaps of real series: diffusion with noise that is pinned, or not, against straight lines and kriging"
@@ -67,30 +73,45 @@ class SeriesImputation(Study):
             settings: dict[str, Any] = {"windows": 4, "samples": 6, "steps": 4}
         else:
             data = DataConfig.parse({"source": "etth1", "window": 48})
-            training = {"training.steps": 1200, "training.batch_size": 32}
-            settings = {"windows": 60, "samples": 20, "steps": 50}
+            training = {"training.steps": _UPDATES, "training.batch_size": 32}
+            settings = {"windows": 40, "samples": 20, "steps": 50}
         settings |= {"shares": self.shares}
         names = ("ou", "white") if self.quick else tuple(VARIANTS)
         cells = [
             Cell(name, "dspd", data, _NETWORK | training | VARIANTS[name][0], settings, VARIANTS[name][1])
             for name in names
         ]
-        return [*cells, Cell("simple", None, data, {}, settings, "estimates that need no training")]
+        cells.append(Cell("simple", None, data, {}, settings, "estimates that need no training"))
+        if not self.quick:
+            settings = settings | {"updates": _UPDATES, "channels": _CSDI_CHANNELS}
+            cells.append(Cell("csdi", None, data, {}, settings, "CSDI of another library (PyPOTS)"))
+        return cells
 
     def measure(self, trained: Trained) -> list[Row]:
         settings, dataset = trained.cell.settings, trained.dataset
-        scale = torch.tensor(dataset.spec.scale)[:, None]
+        shares, scale = settings["shares"], torch.tensor(dataset.spec.scale)[:, None]
+        asked = [held_out(dataset, settings["windows"], share, trained.seed) for share in shares]
+        known = [torch.where(hidden, torch.nan, truth) for truth, _, hidden in asked]
         rows = []
-        for share in settings["shares"]:
-            truth, times, hidden = held_out(dataset, settings["windows"], share, trained.seed)
-            known = torch.where(hidden, torch.nan, truth)
-            if trained.cell.method is not None:
-                made = {trained.cell.name: _sampled(trained, known, times)}
-            else:
-                made = self._simple(dataset, known, times, settings["samples"], trained.seed)
-            for name, samples in made.items():
+        made = self._estimates(trained, known, asked[0][1])
+        for share, (truth, _, hidden), estimates in zip(shares, asked, made, strict=True):
+            for name, samples in estimates.items():
                 rows.append(Row({"estimate": name, "share": share}, scores(samples / scale, truth / scale, hidden)))
         return rows
+
+    def _estimates(self, trained: Trained, known: list[Tensor], times: Tensor) -> list[dict[str, Tensor]]:
+        """Samples (W, S, C, L) by name, of the windows (W, C, L) with each share hidden."""
+        cell, dataset, seed = trained.cell, trained.dataset, trained.seed
+        count = cell.settings["samples"]
+        if cell.method is not None:
+            return [{cell.name: _sampled(trained, part, times)} for part in known]
+        if cell.name != "csdi":
+            return [self._simple(dataset, part, times, count, seed) for part in known]
+        mean, scale = (torch.tensor(part)[:, None] for part in (dataset.spec.shift, dataset.spec.scale))
+        wanted = (torch.cat(known) - mean) / scale
+        updates, channels = cell.settings["updates"], cell.settings["channels"]
+        made = csdi((dataset.train - mean) / scale, wanted, updates=updates, channels=channels, count=count, seed=seed)
+        return [{"csdi": part} for part in (made * scale + mean).split(len(times))]
 
     def _simple(self, dataset: Dataset, known: Tensor, times: Tensor, count: int, seed: int) -> dict[str, Tensor]:
         """Estimates (W, S, C, L) by name."""
@@ -114,7 +135,7 @@ class SeriesImputation(Study):
         claims = []
 
         def less(text: str, a: str, b: str, metric: str, share: float) -> None:
-            cells = [name if name in VARIANTS else "simple" for name in (a, b)]
+            cells = [name if name in (*VARIANTS, "csdi") else "simple" for name in (a, b)]
 
             def check(r: Results) -> Any:
                 values = [
@@ -132,6 +153,8 @@ class SeriesImputation(Study):
             less("pinned noise is better than white noise", "ou", "white", "crps", share)
             if not self.quick:
                 less("noise that is pinned is better than noise that is not", "ou", "loose", "crps", share)
+                for metric in ("mae", "crps"):
+                    less("diffusion (ou) is better than CSDI after as many updates", "ou", "csdi", metric, share)
         return claims
 
     def tables(self, results: Results) -> dict[str, list[dict[str, str]]]:

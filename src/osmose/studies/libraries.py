@@ -1,11 +1,15 @@
-"""Forecasts of other libraries, for studies: statsforecast's automatic models and GluonTS's DeepAR."""
+"""Series in other libraries, for studies: statsforecast's automatic models, GluonTS's DeepAR, and PyPOTS's CSDI."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +25,10 @@ _ROWS = 500
 _HALF_80 = 1.2815515655446004
 
 
-def _require(name: str) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec(name) is None:
-        raise UserError(f"series-forecast: needs {name}; install it with: pip install 'osmose[baselines]'")
+def _require(*names: str) -> None:
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"study: needs {name}; install it with: pip install 'osmose[baselines]'")
 
 
 def statistical(cases: Sequence[Case], season: int, count: int, seed: int) -> dict[str, Tensor]:
@@ -65,8 +68,7 @@ def deepar(cases: Sequence[Case], horizon: int, context: int, count: int, seed: 
     Raises:
         UserError: GluonTS with its models in torch is not installed.
     """
-    _require("lightning")
-    _require("gluonts")
+    _require("lightning", "gluonts")
     import lightning
     import pandas
     from gluonts.dataset.common import ListDataset
@@ -108,3 +110,49 @@ def deepar(cases: Sequence[Case], horizon: int, context: int, count: int, seed: 
             made = [forecast.samples for forecast in predictor.predict(data, num_samples=count)]
             paths.append(torch.from_numpy(np.stack(made, axis=1)).float())
     return torch.stack(paths)
+
+
+def csdi(train: Tensor, known: Tensor, *, updates: int, channels: int, count: int, seed: int) -> Tensor:
+    """PyPOTS's CSDI, 2 layers and 50 steps of diffusion, trained on windows with a random share hidden: (W, S, C, L).
+
+    Args:
+        train: windows (N, C, L) in deviations of each column.
+        known: what is to be filled, of W windows in the same units, (W, C, L), NaN where unknown.
+        updates: of 32 windows; rounded to whole passes.
+        channels: of the network.
+        count: samples S of each.
+        seed: of weights, order and noise.
+
+    Raises:
+        UserError: PyPOTS is not installed.
+    """
+    _require("pypots")
+    with Path(os.devnull).open("w") as nowhere, ExitStack() as quiet:  # it greets people on standard output
+        quiet.enter_context(warnings.catch_warnings())
+        quiet.enter_context(redirect_stdout(nowhere))
+        quiet.enter_context(torch.random.fork_rng())
+        warnings.simplefilter("ignore")
+        from pypots.imputation import CSDI
+        from pypots.utils.logging import logger
+
+        logger.disabled = True
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - it draws from the global state
+        model = CSDI(
+            n_steps=train.shape[2],
+            n_features=train.shape[1],
+            n_layers=2,
+            n_heads=4,
+            n_channels=channels,
+            d_time_embedding=channels,
+            d_feature_embedding=16,
+            d_diffusion_embedding=channels,
+            batch_size=32,
+            epochs=max(1, round(32 * updates / len(train))),
+            device="cpu",
+            model_saving_strategy=None,
+            verbose=False,
+        )
+        model.fit({"X": train.transpose(1, 2).float().numpy()})
+        made = model.predict({"X": known.transpose(1, 2).float().numpy()}, n_sampling_times=count)["imputation"]
+    return torch.from_numpy(np.asarray(made)).transpose(2, 3).float()
