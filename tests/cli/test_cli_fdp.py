@@ -63,6 +63,42 @@ def test_samples_at_another_resolution(osmose, name):
         assert image.size[0] >= 2 * 24
 
 
+@pytest.mark.parametrize("name", ["field", "small", "grid"])
+def test_samples_at_any_points(osmose, name):
+    Path("points.csv").write_text("down,across\n0.0625,0.1875\n0.3,0.31\n1,0\n")
+    for extra, out in ((["--at", "points.csv"], "some.npz"), ([], "all.npz")):
+        answer = osmose("sample", name, "-n", 4, *extra, "--out", out, "--quiet")
+        assert answer.status == 0, answer
+    some, whole = (np.load(out)["samples"] for out in ("some.npz", "all.npz"))
+    assert (some.shape, some.dtype) == ((4, 1, 3), whole.dtype)
+    assert np.array_equal(some[..., 0], whole[:, :, 0, 1])  # the pixel there
+
+
+@pytest.mark.parametrize(
+    ("table", "words", "message"),
+    [
+        ("p,q\n0.5,1.5\n", [], "at: point 0 is (0.5, 1.5); coordinates have to be in [0, 1]"),
+        ("p\n0.5\n", [], "at: point 0 has 1 coordinates, and functions here have 2"),
+        ("p,q\n0.5,x\n", [], "line 2, column 'q': 'x' is not a finite number"),
+        ("p,q\n", [], "0 rows of numbers; at least 1 are needed"),
+        ("p,q\n0.5,0.5\n", ["--out", "x.png"], "data of kind 'function' and shape (1, 1) have no picture; write .npz"),
+        ("p,q\n0.5,0.5\n", ["--trajectory"], "at: given with --trajectory, whose states are whole functions"),
+    ],
+)
+def test_points_that_are_refused(refused, table, words, message):
+    Path("points.csv").write_text(table)
+    assert message in refused("sample", "field", "--at", "points.csv", "--out", "x.npz", *words)
+    assert not Path("x.npz").exists()
+
+
+def test_the_likelihood_of_the_levels(osmose):
+    answer = osmose("analyze", "likelihood", "field", "-n", 20, "--steps", 50, "--quiet")
+    assert answer.status == 0, answer
+    assert "at most" in answer.out
+    assert "17 levels" in answer.out
+    assert "chain of 50 steps" in answer.out
+
+
 @pytest.mark.parametrize("solver", ["em", "pf-ode", "pc"])
 def test_solvers(osmose, solver):
     answer = osmose(
@@ -98,6 +134,11 @@ def test_a_run_that_was_stopped_is_taken_up_again(osmose, monkeypatch):
             ["evaluate", "field", "resolution=16", "--quiet"],
             "resolution: samples of shape (1, 16, 16) are not compared",
         ),
+        (
+            ["analyze", "likelihood", "field", "--variance", "fixed_small"],
+            "variance: 'fixed_small' given, and the chain",
+        ),
+        (["complete", "field", "x.npz", "at=[[0.5,0.5]]"], "at: whole items are completed"),
         (["train", "fdp", "--data", "toy:two-moons", "--out", "x"], "fdp: needs functions on a grid"),
         (["train", "fdp", *IMPLICIT[:4], "network.inner_steps=0", "--out", "x"], "inner_steps: 0 without y_input"),
         (["train", "fdp", "--data", "digits", "spectrum=powr", "--out", "x"], "unknown spectrum 'powr'"),

@@ -334,6 +334,120 @@ def test_of_gaussian_data_what_is_unknown_has_its_law_given_what_is_known(solver
     assert float(((replaced - mean) * mean).sum()) < 0
 
 
+# --- anywhere -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", [UVIT, IMPLICIT, IMPLICIT.replace(y_input=True)], ids=["uvit", "implicit", "told"])
+def test_samples_may_be_looked_at_anywhere(network):
+    model = build(network=network, noise=0.05)
+    whole = model.sample(3, num_steps=4, seed=5)
+    grid = [(i / 8,) for i in range(8)]
+    some = model.sample(3, num_steps=4, seed=5, at=[*grid[3:5], (0.4375,)])
+    assert some.data.shape == (3, 1, 3)
+    torch.testing.assert_close(some.data[..., :2], whole.data[..., 3:5], rtol=1e-4, atol=1e-5)
+    assert some.nfe == whole.nfe + (network is IMPLICIT)  # which is a function itself, and is asked there
+    between = model.fields.on((8,)).harmonics
+    band = between.at(between.modes(whole.data), torch.tensor([[0.4375]]))
+    same = torch.allclose(some.data[..., 2:], band, rtol=1e-4, atol=1e-5)
+    assert same == (network is not IMPLICIT)
+
+
+def test_the_network_of_coordinates_says_between_points_what_it_says_on_a_finer_grid():
+    torch.manual_seed(0)
+    network = IMPLICIT.build((1, 8))
+    network.offset = 0.0
+    x = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([100.0, 700.0])
+    own = torch.arange(8)[:, None] / 8
+    torch.testing.assert_close(network(x, t, points=own), network(x, t))
+    assert network(x, t, points=torch.tensor([[0.3], [0.31]])).shape == (2, 1, 2)
+
+
+def test_images_have_two_coordinates_and_all_their_channels():
+    model = build(IMAGES, network=UVIT, basis="dct")
+    assert model.sample(3, num_steps=2, at=[(0.1, 0.9)] * 5).data.shape == (3, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "at", "message"),
+    [
+        (LINE, [(0.5, 0.5)], "at: point 0 has 2 coordinates, and functions here have 1"),
+        (LINE, [(0.5,), (1.5,)], r"at: point 1 is \(1.5,\); coordinates have to be in \[0, 1\]"),
+        (LINE, [(math.nan,)], "at.0.0: nan is not valid"),
+        (LINE, [], "at: no points given"),
+        (SERIES, [(0.5,)], "at: given, and series are looked at by their times; take times"),
+    ],
+)
+def test_points_that_are_refused(spec, at, message):
+    with pytest.raises(UserError, match=message):
+        build(spec).sampling(at=at)
+
+
+# --- the bound ------------------------------------------------------------------------------------------------------
+
+
+def bound(model, x0, steps, **options):
+    with torch.no_grad():
+        return model.bound(Batch(x0), Quick(len(x0)), lambda *_: None, num_steps=steps, **options)
+
+
+def test_the_bound_of_gaussian_data_is_their_entropy_from_above():
+    """With the exact estimate all that it has too much are the steps and the start, both known in closed form."""
+    model = gaussian()
+    x0 = items(4000)[0].x0
+    s, process = items(1)[1], model.fields.on((8,)).process
+    # -log p of values: the entropy of the modes, and the size of a mode among values.
+    entropy = float((1 + (2 * math.pi * s).log()).sum()) / 16 + math.log(8) / 2
+    found = []
+    for steps in (25, 100, 400):
+        terms = bound(model, x0, steps)
+        assert terms.is_density
+        assert not terms.is_exact
+        found.append(float((terms.prior + terms.steps.sum(1)).mean()) - entropy)
+        if steps == 100:
+            t = terms.t.tolist()
+            excess = 0.0
+            for late, early in itertools.pairwise(t[::-1]):
+                error = s * process.state * process.fresh(late) / process.variance(late, s)
+                excess += float((process.step_weights(late, early) * error).sum()) / 8
+            torch.testing.assert_close(float(terms.steps[:, 1:].sum(1).mean()), excess, rtol=0.02, atol=0)
+    assert found[0] > found[1] > found[2] > 0
+    assert found[2] < 0.07
+    with torch.no_grad():  # another model of the same data is worse
+        model.network = build(noise=0.2).network
+        assert float((bound(model, x0, 100).steps.sum(1)).mean()) - entropy > 2 * found[1]
+
+
+def test_the_bound_is_in_units_of_the_data():
+    x0 = items(50)[0].x0
+    plain = gaussian()
+    scaled = gaussian(spec=LINE.replace(shift=(5.0,), scale=(4.0,)))
+    a, b = (bound(model, x0, 20) for model in (plain, scaled))
+    torch.testing.assert_close(b.steps.sum(1) - a.steps.sum(1), torch.full((50,), math.log(4.0)).double())
+    torch.testing.assert_close(a.x0_error, b.x0_error)
+
+
+def test_levels_have_probabilities():
+    spec = DataSpec(kind="image", shape=(1, 4, 6), range=(0, 4), levels=5, shift=(2.0,), scale=(2.0,))
+    model = build(spec, basis="dct", spectrum=PowerSpectrum(exponent=1.25))
+    x = torch.randint(0, 5, (200, 1, 4, 6), generator=torch.Generator().manual_seed(0)).float()
+    x0 = spec.encode(x)
+    with pytest.warns(UserWarning, match="the data are rougher than the noise"):
+        model.prepare([Batch(x0)])
+    terms = bound(model, x0, 200)
+    assert not terms.is_density
+    assert float(terms.steps[:, 0].mean()) < 1e-3  # of levels, so little noise hides nothing
+    # The data are independent and all levels alike: nothing says them in less.
+    assert float((terms.prior + terms.steps.sum(1)).mean()) > math.log(5) - 0.02
+    with pytest.raises(
+        UserError, match="variance: 'fixed_small' given, and the chain of fdp has that of its posterior"
+    ):
+        bound(model, x0, 5, variance="fixed_small")
+    two = build(spec.replace(shape=(2, 4, 6), shift=(2.0, 1.0), scale=(2.0, 2.0)), basis="dct")
+    with pytest.raises(UserError, match="likelihood: fdp needs the same levels in all channels"):
+        bound(two, torch.zeros(1, 2, 4, 6), 5)
+
+
 # --- kinds of data --------------------------------------------------------------------------------------------------
 
 
@@ -345,12 +459,26 @@ def test_regular_series_are_functions_of_their_times():
     known[..., :3] = 1.0
     found = model.sample(4, known=known, times=samples.times[0], num_steps=3).data
     assert torch.equal(found[..., :3], known[..., :3])
-    with pytest.raises(UserError, match="times: 5 given, and fdp has a grid of 8; dspd and cspd take any times"):
+    # Drawn freely they are functions of any time, and the same ones.
+    asked = torch.tensor([0.0, 1.5, 1.6, 3.5])
+    between = model.sample(4, times=asked, num_steps=3)
+    torch.testing.assert_close(between.data[..., [0, 1, 3]], samples.data[..., [0, 3, 7]], rtol=1e-4, atol=1e-5)
+    assert torch.equal(between.times[0], asked.double())
+    with pytest.raises(
+        UserError, match=r"times: reach from 0 to 4, and functions here from 0 to 3.5; dspd and cspd go"
+    ):
         model.sample(4, times=torch.arange(5), num_steps=3)
+    with pytest.raises(UserError, match="times: differ between samples"):
+        model.sample(2, times=torch.stack([asked, asked / 2]), num_steps=3)
+    # Told of values, they are on a grid.
+    some = torch.full((4, 1, 8), math.nan)
+    some[..., 0] = 1.0
+    with pytest.raises(UserError, match="times: 5 given, and fdp has a grid of 8; dspd and cspd take any times"):
+        model.sample(4, known=some[..., :5], times=torch.arange(5), num_steps=3)
     with pytest.raises(UserError, match="times: are not evenly spaced, and fdp needs a grid; cspd takes any times"):
-        model.sample(4, times=torch.arange(8) ** 2, num_steps=3)
+        model.sample(4, known=some, times=torch.arange(8) ** 2, num_steps=3)
     with pytest.raises(UserError, match=r"times: lie 2 apart, and those of the data 0.5; cspd takes any times"):
-        model.sample(4, times=2 * torch.arange(8), num_steps=3)
+        model.sample(4, known=some, times=2 * torch.arange(8), num_steps=3)
     with pytest.raises(UserError, match="resolution: 16 given, and series have their own times"):
         model.sampling(resolution=16)
     with pytest.raises(UserError, match="not evenly spaced"):

@@ -187,6 +187,24 @@ def test_the_girsanov_bound_holds_and_is_tight():
     assert bound == pytest.approx(process.prior_kl(S))
 
 
+def test_steps_cost_the_divergence_of_their_normal_laws_and_in_the_limit_what_the_bound_says():
+    process, x0, wrong = card(), torch.tensor([0.3, -1.0, 0.2, 0.5]).double(), torch.tensor([0.1, -0.2, 0.0, 0.4])
+    x = torch.tensor([1.0, 0.5, -0.3, 0.1]).double()
+    for t, s in ((1.0, 0.7), (0.3, 0.29)):
+        right, off = (process.posterior(x, mean, t, s) for mean in (x0, x0 + wrong))
+        size = right.variance.sqrt()
+        laws = [torch.distributions.Normal(p.mean, size) for p in (right, off)]
+        kl = torch.distributions.kl_divergence(*laws)
+        torch.testing.assert_close(process.step_weights(t, s) * wrong.double().square(), kl, rtol=1e-9, atol=1e-15)
+    last = process.start_kl(x0)
+    law = torch.distributions.Normal(process.kept(1.0) * x0, (process.state * process.fresh(1.0)).sqrt())
+    prior = torch.distributions.Normal(torch.zeros(4).double(), process.state.sqrt())
+    torch.testing.assert_close(last, torch.distributions.kl_divergence(law, prior), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        process.step_weights(0.5, 0.5 - 1e-6) / 1e-6, process.bound_weights(0.5), rtol=1e-4, atol=0
+    )
+
+
 def test_variances_cancel_in_the_drift():
     x, x0 = torch.tensor([0.3, -1.0, 2.0, 0.1]).double(), torch.tensor([1.0, 0.5, -0.2, 0.0]).double()
     tiny = card(R * 1e-12)

@@ -138,6 +138,25 @@ def test_a_field_of_a_coarse_grid_goes_through_its_values_on_a_finer_one(basis, 
     assert back.shape == x.shape
 
 
+@every_basis
+@every_grid
+def test_a_field_may_be_looked_at_anywhere(basis, grid):
+    """At the points of its own grid its values, at those of a finer one what it is there, and between them too."""
+    harmonics = Harmonics(basis, grid)
+    c = normal(2, 3, *grid)
+
+    def points(of):
+        axes = [(torch.arange(side).double() + of.offset) / side for side in of.grid]
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
+
+    found = harmonics.at(c, points(harmonics))
+    torch.testing.assert_close(found, harmonics.values(c).flatten(2), rtol=0, atol=1e-12)
+    finer = Harmonics(basis, tuple(3 * side for side in grid))
+    found = harmonics.at(c, points(finer))
+    torch.testing.assert_close(found, finer.values(harmonics.onto(c, finer.grid)).flatten(2), rtol=0, atol=1e-12)
+    assert harmonics.at(c.float(), points(harmonics)).dtype == torch.float32
+
+
 def test_sums_that_have_no_limit_are_warned_of():
     published = PublishedSpectrum(amplitude=1.0)
     with pytest.warns(

@@ -65,6 +65,8 @@ class Complete:
             raise UserError(f"--keep: {self.keep} is not valid: must be between 0 and 1")
         model = Run.open(self.model).model(device(self.device))
         options = sampling_options(self.overrides, num_steps=self.steps, solver=self.solver)
+        if options.get("at") is not None:
+            raise UserError("at: whole items are completed; osmose sample looks at points")
         form = model.ends(model.sampling(**options))[1]
         if suffix != ".npz" and (form.kind != "image" or not has_picture(form)):
             raise UserError(f"--out: {self.out} is not valid: {form.kind} of shape {form.shape} go to an .npz")

@@ -35,7 +35,9 @@ class Sample:
     and `scale` of the data's own units, states scale + shift.
 
     Series are drawn at the times of training items, or at --times; a .csv has a row for each time of each, with its
-    number in the column `sample`.
+    number in the column `sample`. Other functions (fdp) are looked at on a finer grid with --resolution, or at any
+    points with --at: the first axis from top to bottom, the second from left to right, pixel i of n at (i + 1/2) / n;
+    `samples` is then (n, channels, points).
     """
 
     model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder")]
@@ -53,6 +55,10 @@ class Sample:
         arg(name="from", metavar="FILE", help="items to translate: .npz, .csv or an image (interpolant, bridge)"),
     ] = None
     resolution: Annotated[int | None, arg(help="points along the last axis, of fdp with uvit or implicit")] = None
+    at: Annotated[
+        Path | None,
+        arg(metavar="FILE", help="points to look at functions at (fdp): a .csv with a column in [0, 1] for each axis"),
+    ] = None
     times: Annotated[
         str | None, arg(metavar="T,T,...|FROM:TO:COUNT", help="times of series; those of training items if not given")
     ] = None
@@ -74,7 +80,8 @@ class Sample:
         from osmose.cli.arrays import write_stream
         from osmose.cli.devices import device
         from osmose.cli.tables import read_times, write_series
-        from osmose.data.pictures import picture
+        from osmose.data.arrays import load_coordinates
+        from osmose.data.pictures import picture, require_picture
         from osmose.training import files
         from osmose.training.run import Run
 
@@ -85,12 +92,23 @@ class Sample:
             raise UserError(f"--out: {self.out} is a folder")
         model = Run.open(self.model).model(device(self.device))
         mids = None if self.t_mid is None else angles(self.t_mid)
-        said = {"num_steps": self.steps, "solver": self.solver, "t_mid": mids, "resolution": self.resolution}
-        options = sampling_options(self.overrides, **said)
+        points = None if self.at is None else load_coordinates(self.at)
+        options = sampling_options(
+            self.overrides,
+            num_steps=self.steps,
+            solver=self.solver,
+            t_mid=mids,
+            resolution=self.resolution,
+            at=points,
+        )
         begin, form = model.ends(model.sampling(**options))  # refuses before anything is created
         start = None if self.from_ is None else self._items(begin, model.config.kind)
         if suffix == ".csv" and form.series is None:
             raise UserError(f"--out: {self.out} is not valid: .csv is for series; write {form.kind} to an .npz")
+        if suffix in _PICTURES:
+            require_picture(form)
+        if self.trajectory and options.get("at") is not None:
+            raise UserError("at: given with --trajectory, whose states are whole functions; leave one out")
         num = (64 if start is None else len(start)) if self.num is None else self.num
         if suffix != ".npz" and num > _MOST_IN_PICTURE:
             raise UserError(f"--num: {num} samples do not fit in a picture; write them to an .npz")

@@ -326,6 +326,16 @@ def load_csv(argument: str, config: DataConfig) -> Dataset:
     return points_dataset(source, config, Part(table.float()), columns=header)
 
 
+def load_coordinates(path: Path) -> list[list[float]]:
+    """Points from a table, a row each.
+
+    Raises:
+        UserError: not a readable table of numbers below a header line.
+    """
+    rows: list[list[float]] = _table(path, str(path), least=1)[1].tolist()
+    return rows
+
+
 def _table(path: Path, source: str, least: int = MINIMUM_ROWS) -> tuple[list[str], Tensor]:
     """Names of the columns and rows of numbers, float64 (N, D), at least so many."""
     cells = array("d")

@@ -243,8 +243,8 @@ class GenerativeModel(nn.Module, ABC):
             UserError: a method or data without such a bound; the message says why.
         """
         raise UserError(
-            f"{self.config.kind}: has no likelihood bound; ddpm, iddpm, edm, blackout, interpolant, bridge, dspd and "
-            "cspd have"
+            f"{self.config.kind}: has no likelihood bound; ddpm, iddpm, edm, blackout, interpolant, bridge, dspd, "
+            "cspd and fdp have"
         )
 
     def regression(self, batch: Batch, draws: Draws) -> Regression:  # noqa: ARG002

@@ -1,4 +1,4 @@
-r"""The likelihood of values of which some are hidden and the others have no part in it.
+r"""Likelihoods: of the levels of data, and of values of which some are hidden and the others have no part in it.
 
 Values that are not hidden are 0, and so is their noise: they drop out of the terms of the variational bound, and their
 velocity along the probability-flow ODE is 0.
@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from osmose.gaussian.chain import ReverseChain, Variance
+from osmose.data.dataset import DataSpec
+from osmose.gaussian.chain import LevelDecoder, ReverseChain, Variance
 from osmose.gaussian.denoiser import NetworkDenoiser
 from osmose.gaussian.grid import TimeGrid
 from osmose.gaussian.parametrization import noised, velocity
@@ -24,6 +25,12 @@ from osmose.methods.messages import OnStep
 
 #: Times between which the ODE of the density runs, its steps, and the values up to which its divergence is exact.
 _CAP, _STEPS, _EXACT = 1e-4, 100, 16
+
+
+def level_decoder(spec: DataSpec) -> LevelDecoder | None:
+    """Of the data's levels; None for data without, and for channels whose levels lie at different values."""
+    limits, alike = spec.model_range, len(set(spec.shift)) == len(set(spec.scale)) == 1
+    return LevelDecoder(*limits, spec.levels) if limits is not None and spec.levels is not None and alike else None
 
 
 @dataclass(frozen=True)

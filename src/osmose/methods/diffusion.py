@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
-from osmose.gaussian.chain import LevelDecoder, ReverseChain, Variance
+from osmose.gaussian.chain import ReverseChain, Variance
 from osmose.gaussian.denoiser import Conditioned
 from osmose.gaussian.draws import Draws
 from osmose.gaussian.grid import TimeGrid
@@ -39,6 +39,7 @@ from osmose.methods.chain import (
     ScheduleChoice,
     calibrate,
 )
+from osmose.methods.densities import level_decoder
 from osmose.methods.messages import Batch, BoundTerms, LossTerms, OnStep, Regression, Watch
 from osmose.methods.objectives import HybridObjective, Objective, Problem, SimpleObjective
 from osmose.methods.times import LogNormalTimes, TimesChoice, UniformTimes
@@ -125,15 +126,9 @@ class Diffusion(ChainModel):
             self.denoiser,
             config.variance,
             None if native is None else ReverseChain(TimeGrid.of(config.schedule, native)),
-            self._decoder(),
+            level_decoder(spec),
         )
         config.objective.check(self._problem)
-
-    def _decoder(self) -> LevelDecoder | None:
-        """Of the data's levels; None for data without, and for channels whose levels lie at different values."""
-        spec, limits = self.spec, self.spec.model_range
-        alike = len(set(spec.shift)) == len(set(spec.scale)) == 1
-        return LevelDecoder(*limits, spec.levels) if limits is not None and spec.levels is not None and alike else None
 
     def sampling(self, **options: Any) -> SamplingConfig:
         sampling = super().sampling(**options)
@@ -216,7 +211,7 @@ class Diffusion(ChainModel):
         variance: str | None = None,
         clip: bool = True,
     ) -> BoundTerms:
-        decoder = self._decoder()
+        decoder = level_decoder(self.spec)
         if decoder is None:
             raise UserError(
                 "likelihood: bits per dimension need data with a known number of levels (256 for 8-bit images, 17 for "

@@ -25,9 +25,9 @@ are what the network says.
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -38,14 +38,16 @@ from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import Draws
 from osmose.methods.base import GenerativeModel, MethodConfig, NetworkChoice, SamplingConfig
-from osmose.methods.messages import Batch, LossTerms, Watch
+from osmose.methods.densities import level_decoder
+from osmose.methods.fields import Fields
+from osmose.methods.messages import Batch, BoundTerms, LossTerms, OnStep, Watch
 from osmose.networks.base import Everywhere
 from osmose.networks.implicit import Implicit
 from osmose.networks.presets import network_for
 from osmose.processes import DRIFTS, SPECTRA, SPEEDS
 from osmose.processes.kriging import conditioned
 from osmose.processes.modes import ConstDrift, Drift, ModeProcess, Speed, VPSpeed
-from osmose.processes.spectrum import BasisKind, Harmonics, PowerSpectrum, Spectrum, slope
+from osmose.processes.spectrum import BasisKind, PowerSpectrum, Spectrum, slope
 
 SpectrumChoice = Annotated[SerializeAsAny[Spectrum], BeforeValidator(SPECTRA.parse)]
 DriftChoice = Annotated[SerializeAsAny[Drift], BeforeValidator(DRIFTS.parse)]
@@ -59,6 +61,8 @@ _ROUGHER = 0.5
 _RESIDUAL = 0.1
 #: Gaps between times that differ by no more than this share are alike.
 _EVEN = 1e-3
+#: Steps of the chain whose bound is taken.
+_BOUND_STEPS = 1000
 
 
 class FunctionalSampling(SamplingConfig):
@@ -72,6 +76,9 @@ class FunctionalSampling(SamplingConfig):
     )
     resolution: int | None = Field(
         None, ge=1, description="points along the last axis, others in proportion; those of the data if not given"
+    )
+    at: tuple[tuple[float, ...], ...] | None = Field(
+        None, description="points in [0, 1] on each axis to look at samples at, instead of the grid"
     )
     clip: bool = Field(True, description="keep the estimate inside the data's range, where there is one")
     fill: Literal["linear", "replace"] = Field(
@@ -117,35 +124,6 @@ class FunctionalConfig(MethodConfig):
         return Functional(self, spec)
 
 
-@dataclass(frozen=True)
-class FieldOn:
-    """The modes of a grid and their process."""
-
-    harmonics: Harmonics
-    process: ModeProcess
-
-
-class Fields:
-    """The noise of a configuration on any grid."""
-
-    def __init__(self, config: FunctionalConfig):
-        self._config = config
-        self._known: dict[tuple[int, ...], FieldOn] = {}
-
-    def on(self, grid: tuple[int, ...]) -> FieldOn:
-        """On a grid; made once."""
-        if grid not in self._known:
-            config, harmonics = self._config, Harmonics(self._config.basis, grid)
-            process = ModeProcess.of(config.spectrum, config.drift, config.speed, harmonics)
-            self._known[grid] = FieldOn(harmonics, process)
-        return self._known[grid]
-
-    def whiten(self, x: Tensor) -> Tensor:
-        """Modes of values (C, *grid) in units of the deviation of their noise."""
-        field = self.on(tuple(x.shape[1:]))
-        return field.harmonics.modes(x) * field.process.weights().sqrt().to(x.dtype).to(x.device)
-
-
 class Functional(GenerativeModel):
     """See the module's text.
 
@@ -168,7 +146,7 @@ class Functional(GenerativeModel):
                 "images and regular series"
             )
         self.grid = spec.shape[1:]
-        self.fields = Fields(config)
+        self.fields = Fields(config.basis, config.spectrum, config.drift, config.speed)
         self.fields.on(self.grid)
         self.network = config.network.build(spec.shape, num_classes=spec.num_classes if config.conditional else None)
         if isinstance(self.network, Everywhere):
@@ -298,7 +276,22 @@ class Functional(GenerativeModel):
         chosen = super().sampling(**options)
         assert isinstance(chosen, FunctionalSampling)
         self._grid(chosen)
+        if chosen.at is not None:
+            self._require_points(chosen.at)
         return chosen
+
+    def _require_points(self, points: tuple[tuple[float, ...], ...]) -> None:
+        """Refuse points that are not in [0, 1] on each axis."""
+        if self.spec.kind == "series":
+            raise UserError("at: given, and series are looked at by their times; take times")
+        axes = len(self.grid)
+        for index, point in enumerate(points):
+            if len(point) != axes:
+                raise UserError(f"at: point {index} has {len(point)} coordinates, and functions here have {axes}")
+            if not all(0 <= p <= 1 for p in point):  # nor is NaN
+                raise UserError(f"at: point {index} is {point}; coordinates have to be in [0, 1]")
+        if not points:
+            raise UserError("at: no points given")
 
     def _grid(self, sampling: FunctionalSampling) -> tuple[int, ...]:
         """The grid of samples.
@@ -329,8 +322,11 @@ class Functional(GenerativeModel):
 
     def ends(self, sampling: SamplingConfig) -> tuple[DataSpec | None, DataSpec]:
         assert isinstance(sampling, FunctionalSampling)
-        grid = self._grid(sampling)
-        return None, self.spec if grid == self.grid else self.spec.replace(shape=(self.spec.shape[0], *grid))
+        grid, channels = self._grid(sampling), self.spec.shape[0]
+        if sampling.at is not None:
+            values = {"kind": "function", "shape": (channels, len(sampling.at))}
+            return None, DataSpec.parse(self.spec.to_json() | values)
+        return None, self.spec if grid == self.grid else self.spec.replace(shape=(channels, *grid))
 
     def given_for(self, draws: Draws) -> tuple[Tensor, Tensor] | None:
         times = self.spec.some_times(draws.count)
@@ -342,7 +338,8 @@ class Functional(GenerativeModel):
         self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: Watch
     ) -> tuple[Tensor, int]:
         assert isinstance(sampling, FunctionalSampling)
-        return self._run(self._grid(sampling), None, draws, sampling, condition, on_step)
+        points = None if sampling.at is None else torch.tensor(sampling.at, dtype=torch.float64)
+        return self._run(self._grid(sampling), None, draws, sampling, condition, on_step, points)
 
     def complete(
         self,
@@ -353,7 +350,7 @@ class Functional(GenerativeModel):
         condition: Tensor | None,
         on_step: Watch,
     ) -> tuple[Tensor, int]:
-        """`generate` with the estimate replaced by what is known, wherever it is.
+        """`generate` with the estimate replaced by what is known, wherever it is; series may be drawn at any times.
 
         With equal rates and `solver=posterior` the known points of x_t then have exactly the law of the truth diffused
         to t, with noise that goes on smoothly into that of the others.
@@ -364,6 +361,9 @@ class Functional(GenerativeModel):
         """
         assert isinstance(sampling, FunctionalSampling)
         grid = self._grid(sampling)
+        if times is not None and bool(known.isnan().all()):
+            points = self._points_of(times)
+            return self._run(grid, None, draws, sampling, condition, on_step, points)
         self._require_even(times)
         if tuple(known.shape[2:]) != grid:
             raise UserError(
@@ -375,6 +375,25 @@ class Functional(GenerativeModel):
                 raise UserError(f"times: lie {gap:.4g} apart, and those of the data {own:.4g}; cspd takes any times")
         return self._run(grid, known, draws, sampling, condition, on_step)
 
+    def _points_of(self, times: Tensor) -> Tensor | None:
+        """Where times of series (n, L) lie on [0, 1], float64 (L, 1); None for those of the data themselves."""
+        form, own = self.spec.series, self.spec.some_times(len(times))
+        assert form is not None
+        assert own is not None
+        if times.shape == own.shape and bool(((times - own).abs() <= _EVEN * form.gap).all()):
+            return None
+        first, last = float(own[0, 0]), float(own[0, -1])
+        if bool((times != times[:1]).any()):
+            raise UserError("times: differ between samples, and fdp looks at all of a batch at the same")
+        if float(times.min()) < first or float(times.max()) > last:
+            raise UserError(
+                f"times: reach from {float(times.min()):g} to {float(times.max()):g}, and functions here from "
+                f"{first:g} to {last:g}; dspd and cspd go on"
+            )
+        harmonics, side = self.fields.on(self.grid).harmonics, self.grid[0]
+        steps = (times[0] - first) / (last - first) * (side - 1)
+        return ((steps + harmonics.offset) / side)[:, None]
+
     def _run(
         self,
         grid: tuple[int, ...],
@@ -383,6 +402,7 @@ class Functional(GenerativeModel):
         sampling: FunctionalSampling,
         condition: Tensor | None,
         on_step: Watch,
+        points: Tensor | None = None,
     ) -> tuple[Tensor, int]:
         field, normal = self.fields.on(grid), self._noise(draws, grid)
         process, calls = field.process, 0
@@ -423,7 +443,66 @@ class Functional(GenerativeModel):
             on_step(index + 1, len(times), field.harmonics.values(c))
         x = estimate(c, times[-1])
         on_step(len(times), len(times), x)
-        return x, calls
+        if points is None:
+            return x, calls
+        if isinstance(self.network, Implicit) and not self.network.config.y_input:  # a function of the points itself
+            label = torch.full((draws.count,), 1000 * times[-1]).to(c)
+            return self.network(field.harmonics.values(c), label, condition, points.to(c)), calls + 1
+        return field.harmonics.at(field.harmonics.modes(x), points), calls
+
+    def bound(
+        self,
+        batch: Batch,
+        draws: Draws,
+        on_step: OnStep,
+        *,
+        num_steps: int | None = None,
+        variance: str | None = None,
+        clip: bool = True,
+    ) -> BoundTerms:
+        """Of a chain of posterior steps, as `solver=posterior` takes, but evenly spaced in log t, where they cost most.
+
+        In many steps it is that of the continuous process, the integral of `ModeProcess.bound_weights`.
+
+        At the end data are drawn around the last estimate, with the variance of the best linear one: their levels or,
+        of data without, their modes, for a density in the data's units.
+        """
+        if variance is not None:
+            raise UserError(f"variance: {variance!r} given, and the chain of fdp has that of its posterior alone")
+        decoder = level_decoder(self.spec)
+        if decoder is None and self.spec.levels is not None:
+            raise UserError("likelihood: fdp needs the same levels in all channels")
+        field, steps = self.fields.on(self.grid), num_steps or _BOUND_STEPS
+        process, limits = field.process, self.spec.model_range if clip else None
+        times = torch.logspace(math.log10(_FIRST), 0.0, steps, dtype=torch.float64).clamp(max=1.0)
+        x0, count, D = batch.x0, len(batch.x0), self.spec.dimension
+        c0 = field.harmonics.modes(x0)
+        table, errors = (torch.empty(count, steps, dtype=torch.float64) for _ in range(2))
+        for index, t in enumerate(times.tolist()):
+            c = process.diffuse(c0, 0.0, t, draws.normal(self.spec.shape).to(c0))
+            x0_hat = self.estimate(c, times[index].expand(count), batch.condition)
+            x0_hat = x0_hat if limits is None else x0_hat.clamp(*limits)
+            squares = (c0 - field.harmonics.modes(x0_hat)).cpu().double().square()
+            errors[:, index] = squares.flatten(1).sum(1) / self.spec.shape[0]
+            if index:
+                table[:, index] = (process.step_weights(t, float(times[index - 1])) * squares).flatten(1).sum(1) / D
+            else:
+                error = self._error(process, times[:1], self._moments(self.grid)[1])
+                error = torch.where(error > 0, error, process.state * process.fresh(t))  # modes that never differ
+                if decoder is None:
+                    log_v = error.log() + 2 * self._log_units()
+                    table[:, 0] = (math.log(2 * math.pi) + log_v + squares / error).flatten(1).mean(1) / 2
+                else:
+                    log_v = error.flatten(1).sum(1).div(self.spec.shape[0]).log()
+                    table[:, 0] = decoder.nll(x0, x0_hat, log_v.expand_as(x0)).flatten(1).mean(1).cpu()
+            on_step(index + 1, steps)
+        prior = process.start_kl(c0.cpu()).flatten(1).sum(1) / D
+        return BoundTerms(times, prior, table, errors, is_density=decoder is None)
+
+    def _log_units(self) -> Tensor:
+        """Log of the size in data units of a mode of size 1 among the values of its grid, float64 (C, 1 ...)."""
+        scale = torch.tensor(self.spec.scale, dtype=torch.float64)
+        return (scale.log() + math.log(math.prod(self.grid)) / 2).view(-1, *(1,) * len(self.grid))
 
     def _noise(self, draws: Draws, grid: tuple[int, ...]) -> Callable[[], Tensor]:
         """Draws standard normal modes on a grid, those that it shares with the grid of the data as they are there.

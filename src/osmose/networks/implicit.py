@@ -128,8 +128,17 @@ class Implicit(nn.Module, Everywhere):
         names = dict(self.field.named_parameters())
         return {"shifts": names["shifts"]} if self.config.adapt == "modulation" else dict(names)
 
-    def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
-        """X (B, C, *grid), label (B,), condition (B,) or None -> (B, C, *grid)."""
+    def forward(
+        self, x: Tensor, label: Tensor, condition: Tensor | None = None, points: Tensor | None = None
+    ) -> Tensor:
+        """X (B, C, *grid), label (B,), condition (B,) or None -> (B, C, *grid); or (B, C, P) at points (P, d).
+
+        Raises:
+            UserError: another number of channels or axes; points, which are in [0, 1], for a network with `y_input`,
+                which knows no input there.
+        """
+        if points is not None and self.config.y_input:
+            raise UserError("points: a network with y_input is told its input at each, and has it on its grid alone")
         if x.ndim != len(self.event_shape) + 1 or x.shape[1] != self.event_shape[0]:
             raise UserError(f"network: built for events {self.event_shape}; {tuple(x.shape[1:])} given")
         # Samplers work in inference mode, in which nothing has a gradient.
@@ -138,19 +147,20 @@ class Implicit(nn.Module, Everywhere):
             if x.is_inference():
                 x, label = x.clone(), label.clone()
                 condition = None if condition is None else condition.clone()
-            points = (2 * coordinates(tuple(x.shape[2:]), self.offset) - 1).to(x)
+            own = (2 * coordinates(tuple(x.shape[2:]), self.offset) - 1).to(x)
+            asked = None if points is None else (2 * points - 1).to(x)
             told = [x, label.to(x) / 500 - 1]
             if self.classes is not None and condition is not None:
                 told.append(self.classes(condition))
 
             def fitted(x: Tensor, time: Tensor, first: Tensor | None = None) -> Tensor:
-                return self._fitted(points, x, time, first)
+                return self._fitted(own, asked, x, time, first)
 
             out: Tensor = vmap(fitted, chunk_size=self.config.chunk)(*told)
             return out
 
-    def _fitted(self, points: Tensor, x: Tensor, time: Tensor, first: Tensor | None) -> Tensor:
-        """What the network says at the points (P, d), once it is fitted to one input (C, *grid); shape of the input."""
+    def _fitted(self, points: Tensor, asked: Tensor | None, x: Tensor, time: Tensor, first: Tensor | None) -> Tensor:
+        """What the network says, fitted to one input (C, *grid) at its points: there, or where it is asked."""
         config = self.config
         inputs = torch.cat([points, time.expand(len(points), 1)], 1)
         if config.y_input:
@@ -166,7 +176,10 @@ class Implicit(nn.Module, Everywhere):
             if config.first_order:
                 slopes = {name: slope.detach() for name, slope in slopes.items()}
             own = {name: value - self._rate(name) * slopes[name].clamp(-1, 1) for name, value in own.items()}
-        return values(own)
+        if asked is None:
+            return values(own)
+        elsewhere: Tensor = functional_call(self.field, own, (torch.cat([asked, time.expand(len(asked), 1)], 1), first))
+        return elsewhere.T
 
     def _rate(self, name: str) -> Tensor | float:
         return self.rates[name.replace(".", "/")].clamp(0, 1) if self.config.meta_sgd else self.config.inner_lr

@@ -204,6 +204,20 @@ class ModeProcess:
         ratio = (self.variance(1.0, data) / self.state)[noisy]
         return float((ratio - 1 - ratio.log()).sum()) / 2
 
+    def start_kl(self, x0: Tensor) -> Tensor:
+        """KL(law of x_1 given x_0 || stationary law) in nats, float64 (*modes), for each mode; 0 without noise."""
+        fresh = self.fresh(1.0)
+        far = (self.kept(1.0) * x0.double()).square()
+        return torch.where(self.state > 0, (far / self.state - (1 - fresh) - fresh.log()) / 2, 0.0)
+
+    def step_weights(self, t: float, s: float) -> Tensor:
+        """What squared errors of x_0 cost in the step from t to s, before it, in nats: `bound_weights` for steps.
+
+        KL(x_s given x_t and x_0 || the same given an estimate) is the sum over modes of weight |x_0 - x0_hat|^2.
+        """
+        passed = self.fresh(t, s) / (self.fresh(s) * self.fresh(t))
+        return self.kept(s).square() * passed * self.weights() / 2
+
     def weights(self) -> Tensor:
         """b_k / r_k, what errors of modes are weighed by; 0 for modes without noise."""
         return torch.where(self.state > 0, 1 / self.state, 0.0)

@@ -89,6 +89,37 @@ class Harmonics:
         """The inverse of `modes`."""
         return self._applied(c, transposed=True) * math.sqrt(math.prod(self.grid))
 
+    def at(self, c: Tensor, points: Tensor) -> Tensor:
+        """Values at any points of [0, 1)^d of what has coefficients (..., *grid); between points of a grid, too.
+
+        Args:
+            c: floating point.
+            points: float64 (P, d).
+
+        Returns:
+            In the type of c, (..., P).
+        """
+        rows = [self._between(axis, points[:, axis].double()).to(c) for axis in range(len(self.grid))]
+        with torch.autocast(c.device.type, enabled=False):
+            if len(rows) == 1:
+                return c @ rows[0]
+            return ((c.mT @ rows[0]) * rows[1]).sum(-2)
+
+    def _between(self, axis: int, p: Tensor) -> Tensor:
+        """phi_k(p) of the modes of an axis, as they are on this grid: float64 (side, P)."""
+        side = self.grid[axis]
+        k = _frequencies(self.basis, side)
+        turns = 2 * math.pi * torch.outer(k, p)
+        size = torch.full((side, 1), math.sqrt(2.0), dtype=torch.float64)
+        size[0] = 1.0
+        if self.basis == "dct":
+            return size * turns.cos()
+        if side % 2 == 0:  # on the grid the highest cosine is -1 and 1
+            size[-1] = 1.0
+        waves = torch.where((torch.arange(side) % 2 == 0)[:, None], turns.sin(), turns.cos())
+        waves[0] = 1.0
+        return size * waves
+
     def onto(self, c: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Coefficients (..., *grid) on another grid of what they are on this: 0 for modes that this one lacks."""
         sides = list(zip(range(-len(grid), 0), self.grid, grid, strict=True))
