@@ -168,6 +168,12 @@ def test_hiding_most_of_whole_items(osmose):
     answer = osmose(*words, "--samples", 2, "--out", "x.png", "--json")
     assert answer.status == 0, answer.err
     assert Image.open("x.png").size[0] > 200
+    with np.load("some.npz") as some:  # of what is not whole nobody knows the truth
+        part = np.where(np.arange(8) < 4, some["samples"], np.nan)
+    np.savez("part.npz", known=part)
+    assert osmose("complete", "grid", "part.npz", "--samples", 2, "--out", "y.png", "--quiet").status == 0
+    across, down = zip(*(Image.open(name).size for name in ("x.png", "y.png")), strict=True)
+    assert across[0] / down[0] > 1.2 * across[1] / down[1]  # a column more
     assert osmose(*words, "--out", "a.npz").status == 0
     assert osmose(*words, "--out", "b.npz").status == 0
     with np.load("a.npz") as a, np.load("b.npz") as b, np.load("some.npz") as some:

@@ -13,6 +13,7 @@ from PIL import Image
 
 import osmose as library
 from osmose.cli.main import main
+from osmose.methods.stochastic_process import DSPDConfig
 from osmose.training.run import Run
 from osmose.training.trainer import Trainer
 
@@ -167,6 +168,37 @@ def test_gaps_are_filled(osmose):
     assert [row["when"][8:13] for row in quantiles] == ["01 05", "01 06", "02 06", "03 11"]
     assert float(after[30]["a"]) == pytest.approx(float(quantiles[2]["q0.5"]), rel=1e-4)
     assert Path("filled.png").is_file()
+
+
+def test_what_is_not_missing_stays_as_it_is_written(osmose):
+    """Rows in their order, other columns, numbers with their zeros."""
+    lines = Path("gaps.csv").read_text().splitlines()
+    head, rows = lines[0], lines[1:]
+    rows = [row + f",note {i}" for i, row in enumerate(reversed(rows))]
+    when, _, b, note = rows[2].split(",")
+    rows[2] = ",".join([when, "7.00", b, note])
+    Path("odd.csv").write_text("\n".join([head + ",remark", *rows]) + "\n")
+    answer = osmose("impute", "hours", "odd.csv", "--samples", "4", "--out", "filled.csv", "--quiet")
+    assert answer.status == 0, answer.err
+    before, after = (Path(name).read_text().splitlines() for name in ("odd.csv", "filled.csv"))
+    assert len(before) == len(after) == 61
+    changed = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+    assert len(changed) == 4
+    assert all(not before[i].split(",")[1] for i in changed)
+    assert all(float(after[i].split(",")[1]) == float(after[i].split(",")[1]) for i in changed)
+
+
+@pytest.mark.parametrize(
+    ("task", "command"),
+    [
+        ("any", "osmose sample RUN -n 64"),
+        ("generate", "osmose sample RUN -n 64"),
+        ("forecast", "osmose backtest RUN"),
+        ("impute", "osmose impute RUN FILE"),
+    ],
+)
+def test_what_one_does_next_is_what_the_run_is_for(task, command):
+    assert DSPDConfig(task=task).use.format(run="RUN").startswith(command)
 
 
 def test_a_backtest(osmose):

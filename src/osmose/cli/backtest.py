@@ -95,7 +95,8 @@ class Backtest:
         where[:, -horizon:] = True
         form = model.spec.series
         assert form is not None
-        chart = fan_chart([(cases[0].history.name, made.first)], form, [where], [cases[0].future])
+        name = f"{cases[0].history.name} (window 1 of {len(cases)})".strip()
+        chart = fan_chart([(name, made.first)], form, [where], [cases[0].future])
         files.write_bytes(folder / "backtest.png", chart)
         table = Table(
             title=f"{len(cases)} windows of {horizon} times, {self.samples} paths of {made.first.nfe} evaluations"

@@ -24,7 +24,7 @@ class Complete:
     FILE is an .npz whose array (`known`, `samples` or `x`) has items of the run's data, NaN where nothing is known, or
     whole ones (an image, too) of which --keep says what share of the points is shown to the model. Writes an .npz with
     `known` (n, ...) and `samples` (n, SAMPLES, ...), or a picture: a row for each item, what is known and what was
-    made of it. Tables of series with a time column are filled by osmose impute.
+    made of it, and the truth where it is known. Tables of series with a time column are filled by osmose impute.
     """
 
     model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder, of fdp, dspd or cspd")]
@@ -70,13 +70,13 @@ class Complete:
         form = model.ends(model.sampling(**options))[1]
         if suffix != ".npz" and (form.kind != "image" or not has_picture(form)):
             raise UserError(f"--out: {self.out} is not valid: {form.kind} of shape {form.shape} go to an .npz")
-        known = load_known(self.file, form)
+        whole = known = load_known(self.file, form)
         if suffix != ".npz":
-            known = known[:_ROWS]
+            whole = known = known[:_ROWS]
         if self.keep is not None:
             # A point is known in all channels or in none.
-            drawn = torch.rand(len(known), 1, *form.shape[1:], generator=seeded(self.seed, "keep"))
-            known = torch.where(drawn < self.keep, known, torch.nan)
+            lot = torch.rand(len(known), 1, *form.shape[1:], generator=seeded(self.seed, "keep"))
+            known = torch.where(lot < self.keep, known, torch.nan)
         if not bool(known.isnan().any()):
             raise UserError(
                 f"FILE: {self.file} has no unknown value; nothing to complete (--keep 0.2 hides most of them)"
@@ -97,12 +97,12 @@ class Complete:
                 on_step=on_step,
                 **options,
             )
-        whole = made.data.unflatten(0, (len(known), self.samples))
+        drawn = made.data.unflatten(0, (len(known), self.samples))
         if suffix == ".npz":
             with files.replacing(self.out) as temporary, temporary.open("wb") as file:
-                np.savez(file, known=known.numpy(), samples=whole.numpy())
+                np.savez(file, known=known.numpy(), samples=drawn.numpy())
         else:
-            self._draw(known, whole, form)
+            self._draw(known, drawn, None if bool(whole.isnan().any()) else whole, form)
         values = {
             "out": str(self.out),
             "items": len(known),
@@ -122,8 +122,8 @@ class Complete:
             raise UserError(f"FILE: {self.file} has no array times, and series of this run have times of their own")
         return form.some_times(count) if found is None else found
 
-    def _draw(self, known: Any, whole: Any, form: Any) -> None:
-        """A row for each item: what is known, in grey where nothing is, and the completions."""
+    def _draw(self, known: Any, drawn: Any, truth: Any, form: Any) -> None:
+        """A row for each item: what is known, in grey where nothing is, the completions, and the truth if there is."""
         import torch
 
         from osmose.data.pictures import image_grid
@@ -131,7 +131,8 @@ class Complete:
 
         assert form.range is not None
         grey = sum(form.range) / 2
-        rows = torch.cat([torch.where(known.isnan(), grey, known)[:, None], whole], 1)
+        last = [] if truth is None else [truth[:, None]]
+        rows = torch.cat([torch.where(known.isnan(), grey, known)[:, None], drawn, *last], 1)
         image = image_grid(rows.flatten(0, 1), form, columns=rows.shape[1])
         suffix = self.out.suffix.lower()
         with files.replacing(self.out) as temporary:

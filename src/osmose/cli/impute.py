@@ -18,8 +18,8 @@ class Impute:
     """Fill the gaps of a table: the median of samples in it, and their quantiles in a table of their own.
 
     FILE has the columns that the run learned from; what is empty in it is drawn given all the rest of its window.
-    Writes the table with its gaps filled, beside it a row for each filled value with mean and quantiles
-    (.quantiles.csv), and a picture (.png).
+    Writes the table with its gaps filled and all else as it stands, beside it a row for each filled value with mean and
+    quantiles (.quantiles.csv), and a picture (.png).
     """
 
     model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder, of dspd or cspd")]
@@ -90,7 +90,7 @@ class Impute:
                 found.append((series.name, filled))
         drawn = [filled.values.isnan() for _, filled in found]
         quantiles, chart = self.out.with_suffix(".quantiles.csv"), self.out.with_suffix(".png")
-        write_filled(self.out, table, dict(found))
+        write_filled(self.out, self.file, table, dict(found))
         write_table(quantiles, *quantile_rows(found, form, levels, drawn))
         files.write_bytes(chart, fan_chart(found, form, drawn))
         count = sum(int(where.sum()) for where in drawn)

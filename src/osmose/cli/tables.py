@@ -14,7 +14,7 @@ from torch import Tensor
 
 from osmose.analysis.filling import Filled
 from osmose.data.dataset import SeriesForm
-from osmose.data.timetables import UNITS, Series, SeriesTable, format_time, read_table
+from osmose.data.timetables import UNITS, Series, SeriesTable, format_time, read_table, with_values
 from osmose.errors import UserError
 from osmose.training import files
 
@@ -139,29 +139,10 @@ def _number(value: float) -> str:
     return "" if value != value else f"{value:.7g}"
 
 
-def write_filled(path: Path, table: SeriesTable, filled: dict[str, Filled]) -> None:
-    """Write the series of a table again, each missing value replaced by the median of its samples."""
-    header = [*([table.id_column] if table.id_column else []), table.time_column, *table.columns]
-
-    def rows() -> Iterable[list[Any]]:
-        for series in table.series:
-            values = series.values
-            if series.name in filled:
-                found = filled[series.name]
-                median = found.samples.double().quantile(0.5, dim=0).T.numpy()
-                values = np.where(np.isnan(values), median, values)
-            for place, (time, row) in enumerate(zip(series.times, values, strict=True)):
-                start = [series.name] if table.id_column else []
-                drawn = np.isnan(series.values[place])
-                cells = (_number(v) if new else _exact(v) for v, new in zip(row.tolist(), drawn, strict=True))
-                yield [*start, format_time(float(time), table.unit), *cells]
-
-    _write_csv(path, header, rows())
-
-
-def _exact(value: float) -> str:
-    """A number with all its digits, as it was read."""
-    return repr(float(value)).removesuffix(".0")
+def write_filled(path: Path, source: Path, table: SeriesTable, filled: dict[str, Filled]) -> None:
+    """Write the table of `source` again as it stands, each missing value replaced by the median of its samples."""
+    medians = {name: found.samples.double().quantile(0.5, dim=0).T.numpy() for name, found in filled.items()}
+    _write_csv(path, *with_values(source, table, medians, _number))
 
 
 def fan_chart(

@@ -222,9 +222,9 @@ class Train:
             note = f"{run.folder} was at its last step, {began}, already; a longer run has to be trained anew"
             if not run.config.training.steps:
                 note = f"{run.folder} is fitted already"
-            return Result(values, [note], f"osmose sample {run.folder} -n 64 --out samples.png")
+            return Result(values, [note], run.config.method.use.format(run=run.folder))
         wrote = [f"wrote {run.folder}: {len(dataset.train)} items, {trainer.step} steps, {loss}"]
-        return Result(values, wrote, f"osmose sample {run.folder} -n 64 --out samples.png")
+        return Result(values, wrote, run.config.method.use.format(run=run.folder))
 
 
 def _differences(before: Any, after: Any, path: str) -> Iterator[tuple[str, Any, Any]]:

@@ -12,7 +12,7 @@ import csv
 import gzip
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -135,6 +135,34 @@ def times_in(path: Path, time_column: str, unit: str) -> Tensor:
         held = "dates" if dated else "numbers"
         raise UserError(f"{path.name}: column {time_column!r} holds {held}; needed are {wanted}")
     return torch.from_numpy(np.unique(seconds) / (UNITS[unit] if unit else 1.0))
+
+
+def with_values(
+    path: Path, table: SeriesTable, values: dict[str, np.ndarray], text: Callable[[float], str]
+) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of a file as they stand, each missing value replaced by what is given.
+
+    Args:
+        path: the file.
+        table: what `read_table` made of it.
+        values: by the name of a series, of the form of its values; others are left as they are.
+        text: how a value is written.
+    """
+    header, rows = _rows(path)
+    place = {name: header.index(name) for name in header}
+    seconds, _ = _times(path.name, header, place[table.time_column], rows)
+    times = seconds / (UNITS[table.unit] if table.unit else 1.0)
+    where = {(s.name, time): index for s in table.series for index, time in enumerate(s.times.tolist())}
+    found = []
+    for time, (_, row) in zip(times.tolist(), rows, strict=True):
+        name = row[place[table.id_column]].strip() if table.id_column else ""
+        cells = list(row)
+        if name in values:
+            for column, label in enumerate(table.columns):
+                if cells[place[label]].strip().lower() in _MISSING:
+                    cells[place[label]] = text(float(values[name][where[name, time], column]))
+        found.append(cells)
+    return header, found
 
 
 def _rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:

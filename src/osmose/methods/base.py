@@ -49,6 +49,11 @@ class MethodConfig(Config, ABC):
     sampling: SamplingConfig = SamplingConfig()
     conditional: bool = Field(False, description="tell the network the class of each item")
 
+    @property
+    def use(self) -> str:
+        """The command that one would give a run next, with {run} for its folder."""
+        return "osmose sample {run} -n 64 --out samples.png"
+
     @classmethod
     @abstractmethod
     def recipe(cls, spec: DataSpec, data_std: float) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class Hiding:
             spread = (torch.where(seen, values - shift, 0.0).square().sum(2, keepdim=True) / some).sqrt()
             scale = torch.where(count > 0, (spread.square() + _LEAST**2).sqrt(), 1.0)
             values = torch.where(seen, (values - shift) / scale, 0.0)
-        factor = self.kernel.factor(times, hidden, known, pinned=self.pinned)
+        factor = self.kernel.factor(times, hidden, known, pinned=self.pinned).to(device)
         dtype = x0.dtype
         return Setting(
             # From the first on: where there is no float64, an hour would be lost beside a date.

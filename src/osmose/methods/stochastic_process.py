@@ -76,6 +76,11 @@ class SeriesProcessConfig(MethodConfig, ABC):
     times: TimesChoice = UniformTimes()
     sampling: GaussianSampling = GaussianSampling()
 
+    @property
+    def use(self) -> str:
+        own = {"forecast": "osmose backtest {run}", "impute": "osmose impute {run} FILE"}
+        return own.get(self.task, super().use)
+
     @classmethod
     def recipe(cls, spec: DataSpec, data_std: float) -> dict[str, Any]:  # noqa: ARG003
         return {} if spec.series is None else {"horizon": max(1, spec.shape[1] // 3)}
@@ -395,7 +400,9 @@ class SeriesProcess(GenerativeModel):
             u0 = self._whiten(x, setting)
         unit = self._network.scale.cpu().double() * setting.scale.cpu().double()
         unit = unit * torch.tensor(self.spec.scale, dtype=torch.float64)[:, None]
-        volume = (setting.hidden.cpu().double() * (unit.log() + setting.factor.log_det())).flatten(1).sum(1)
+        volume = (
+            (setting.hidden.cpu().double() * (unit.log() + setting.factor.log_det().cpu().double())).flatten(1).sum(1)
+        )
         count = setting.count.cpu().double()
         found = self._scored(u0, setting, draws, on_step, num_steps, variance)
         errors = None if found.errors is None else found.errors / count[:, None]

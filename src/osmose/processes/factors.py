@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -33,6 +34,14 @@ _LEAST_JITTER, _MOST_JITTER = 1e-10, 1e-2
 
 class Factor(ABC):
     """C, of each series of a batch at its own times."""
+
+    def to(self, device: torch.device) -> Self:
+        """With all its tensors on a device, in place: they travel once there, and not with every call."""
+        wide = _wide_on(device)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device, wide if value.is_floating_point() else value.dtype))
+        return self
 
     @abstractmethod
     def color(self, eps: Tensor) -> Tensor:
@@ -55,7 +64,7 @@ class Factor(ABC):
 
     @abstractmethod
     def log_det(self) -> Tensor:
-        """Of C, by value: float64 (B or 1, channels or 1, L), to be summed; 0 where nothing is hidden."""
+        """Of C, by value: (B or 1, channels or 1, L), to be summed; 0 where nothing is hidden."""
 
 
 class WhiteFactor(Factor):
@@ -74,7 +83,7 @@ class WhiteFactor(Factor):
         return values * self.known.to(values)
 
     def log_det(self) -> Tensor:
-        return torch.zeros(self.hidden.shape, dtype=torch.float64)
+        return torch.zeros(self.hidden.shape, dtype=torch.float64, device=self.hidden.device)
 
 
 class MarkovFactor(Factor):
@@ -218,10 +227,15 @@ def _applied(matrix: Tensor, x: Tensor) -> Tensor:
 
 def _taken(x: Tensor, place: Tensor) -> Tensor:
     """X at given places, 0 where the place is -1; (B, channels, L)."""
-    found = x.gather(2, place.clamp(min=0).expand_as(x).to(x.device))
-    return torch.where((place >= 0).to(x.device), found, 0.0)
+    found = x.gather(2, place.clamp(min=0).expand_as(x))
+    return torch.where(place >= 0, found, 0.0)
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In the type that the mathematics is done in, where the device has it."""
-    return x.float() if x.device.type == "mps" else x.double()
+    """In the type that the mathematics is done in."""
+    return x.to(_wide_on(x.device))
+
+
+def _wide_on(device: torch.device) -> torch.dtype:
+    """float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
