@@ -1,18 +1,24 @@
 """Forecasts and imputations: simple ones against their formulas, a run's against what it is given."""
 
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from osmose.analysis import baselines
-from osmose.analysis.backtest import cases_of, contest
+from osmose.analysis.backtest import cases_of, contest, simple_forecasts
 from osmose.analysis.filling import forecast, impute
 from osmose.data.dataset import DataConfig, DataSpec
 from osmose.data.timetables import Series
 from osmose.errors import UserError
 from osmose.methods import METHODS
+from osmose.metrics.forecasts import forecast_scores
+
+#: Where the series that are not embedded lie, if they are there.
+DATA = os.environ.get("OSMOSE_DATA_ROOT")
 
 GENERATOR = torch.Generator
 
@@ -133,6 +139,27 @@ def test_a_backtest_uses_rows_that_training_did_not_see(table):
         assert paths.isfinite().all()
     assert torch.allclose(found.truth[:, 1], found.paths["seasonal"][:, 0, 1])
     assert torch.allclose(found.last[0], torch.tensor([math.sin(181 / 4), 181 % 6]), atol=1e-4)
+
+
+@pytest.mark.skipif(not DATA or not Path(DATA, "timeseries").is_dir(), reason="needs $OSMOSE_DATA_ROOT/timeseries")
+def test_simple_forecasts_of_real_series_score_what_is_known_of_them():
+    """FX-8, 5 windows of 30 days: CRPS_sum of the last value and of a random walk; ETTh1: of the last value."""
+    for source, windows, horizon, rows, known in (
+        ("fx-8", 5, 30, 6955, {"last": 0.0095, "walk": 0.0070}),
+        ("etth1", 7, 24, 14_400, {"last": 0.384}),
+    ):
+        config = DataConfig.parse(
+            {"source": source, "root": DATA, "window": 2 * horizon, "held_out": windows * horizon / rows}
+        )
+        dataset = config.load()
+        cases = cases_of(config, dataset, windows, horizon)
+        truth = torch.stack([torch.from_numpy(case.future.values.T).float() for case in cases])
+        last = torch.stack([baselines.last_known(torch.from_numpy(case.history.values.T)).float() for case in cases])
+        made = [simple_forecasts(case, dataset.spec.series, 2 * horizon, 400, None, i) for i, case in enumerate(cases)]
+        for name, score in known.items():
+            paths = torch.stack([one[name] for one in made]).float()
+            found = forecast_scores(paths, truth, last, torch.tensor(dataset.spec.scale))
+            assert found["crps_sum"] == pytest.approx(score, rel=0.06)
 
 
 def test_a_backtest_of_whole_series_takes_held_out_ones():

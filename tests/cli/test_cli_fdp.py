@@ -72,6 +72,9 @@ def test_samples_at_any_points(osmose, name):
     some, whole = (np.load(out)["samples"] for out in ("some.npz", "all.npz"))
     assert (some.shape, some.dtype) == ((4, 1, 3), whole.dtype)
     assert np.array_equal(some[..., 0], whole[:, :, 0, 1])  # the pixel there
+    answer = osmose("sample", name, "-n", 4, "--at", "points.csv", "--trajectory", "--out", "way.npz", "--quiet")
+    assert answer.status == 0, answer
+    assert np.load("way.npz")["states"].shape == (4, 4, 1, 3)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +85,6 @@ def test_samples_at_any_points(osmose, name):
         ("p,q\n0.5,x\n", [], "line 2, column 'q': 'x' is not a finite number"),
         ("p,q\n", [], "0 rows of numbers; at least 1 are needed"),
         ("p,q\n0.5,0.5\n", ["--out", "x.png"], "data of kind 'function' and shape (1, 1) have no picture; write .npz"),
-        ("p,q\n0.5,0.5\n", ["--trajectory"], "at: given with --trajectory, whose states are whole functions"),
     ],
 )
 def test_points_that_are_refused(refused, table, words, message):
@@ -138,6 +140,8 @@ def test_a_run_that_was_stopped_is_taken_up_again(osmose, monkeypatch):
             ["analyze", "likelihood", "field", "--variance", "fixed_small"],
             "variance: 'fixed_small' given, and the chain",
         ),
+        (["analyze", "likelihood", "field", "--steps", "1"], "num_steps: 1 is not valid: the bound needs 2 steps"),
+        (["train", "fdp", "--data", "digits", "sampling.at=[[0.5,0.5]]", "--out", "x"], "sampling.at: is said when"),
         (["complete", "field", "x.npz", "at=[[0.5,0.5]]"], "at: whole items are completed"),
         (["train", "fdp", "--data", "toy:two-moons", "--out", "x"], "fdp: needs functions on a grid"),
         (["train", "fdp", *IMPLICIT[:4], "network.inner_steps=0", "--out", "x"], "inner_steps: 0 without y_input"),

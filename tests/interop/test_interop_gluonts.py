@@ -40,7 +40,17 @@ def test_a_run_learns_from_a_list_of_dicts(run):
     config = run.config
     assert (config.method.task, config.method.horizon, config.data.window) == ("forecast", 5, 20)
     assert config.spec.series.columns == ("x0",)
-    assert Path(f"{run.folder}.csv").read_text().splitlines()[:2][0] == "item,step,x0"
+    assert Path(f"{run.folder}.csv").read_text().splitlines()[:2][0] == "item,steps of h,x0"
+
+
+def test_frequencies_are_not_mixed(run, tmp_path):
+    mixed = entries()
+    mixed[1] = mixed[1] | {"start": pandas.Period("2024-01-01", freq="D")}
+    with pytest.raises(UserError, match="start: series 1 has the frequency D, and the first h"):
+        train(mixed, tmp_path / "x", prediction_length=5, progress=False, **SMALL)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="start: entry 1 has the frequency D, and this run learned from h"):
+        list(OsmosePredictor(run, num_samples=2, num_steps=2).predict(mixed))
 
 
 def test_a_run_is_a_predictor_for_the_evaluator(run):

@@ -363,6 +363,13 @@ def test_the_network_of_coordinates_says_between_points_what_it_says_on_a_finer_
     assert network(x, t, points=torch.tensor([[0.3], [0.31]])).shape == (2, 1, 2)
 
 
+def test_what_is_known_has_no_points():
+    model = build()
+    known = torch.full((2, 1, 8), math.nan)
+    with pytest.raises(UserError, match="at: given with known; whole items are completed"):
+        model.sample(2, known=known, at=[(i / 9,) for i in range(8)], num_steps=2)
+
+
 def test_images_have_two_coordinates_and_all_their_channels():
     model = build(IMAGES, network=UVIT, basis="dct")
     assert model.sample(3, num_steps=2, at=[(0.1, 0.9)] * 5).data.shape == (3, 2, 5)
@@ -522,8 +529,9 @@ def test_the_recipe():
         recipe = FunctionalConfig.recipe(DataSpec(kind="image", shape=shape), 0.5)
         assert (recipe["basis"], recipe["network"]["kind"]) == ("dct", "unet")
         assert METHODS.parse({"kind": "fdp", **recipe}).build(DataSpec(kind="image", shape=shape)).filters
-    for spec in (LINE, SERIES):
+    for spec, basis in ((LINE, "fourier"), (SERIES, "dct")):
         recipe = FunctionalConfig.recipe(spec, 1.0)
+        assert recipe["basis"] == basis
         assert METHODS.parse({"kind": "fdp", **recipe}).build(spec).config.network.patch == 1
         assert FunctionalConfig.training_recipe(spec)["steps"] == 2000
 

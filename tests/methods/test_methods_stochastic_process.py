@@ -384,6 +384,19 @@ def test_times_unlike_those_of_training_are_complained_of(times, words):
         model.sample(1, num_steps=2, times=grid()[0])
 
 
+def test_times_that_begin_elsewhere_are_complained_of_where_time_itself_matters():
+    model = built(task="generate").float()
+    model.prepare([Batch(drawn().float(), times=grid(4))])
+    later = grid()[0] + 100
+    with pytest.warns(UserWarning, match="times: begin between .* and those of training between"):
+        model.sample(1, num_steps=2, times=later)
+    counted = DataSpec.parse(model.spec.to_json() | {"series": model.spec.series.to_json() | {"from_first": True}})
+    model.spec = counted  # its times count from the first of each item
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.sample(1, num_steps=2, times=later)
+
+
 def test_one_compiled_network_and_one_probe():
     model = built(columns=2)
     model.float().probe(3)

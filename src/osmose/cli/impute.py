@@ -18,8 +18,8 @@ class Impute:
     """Fill the gaps of a table: the median of samples in it, and their quantiles in a table of their own.
 
     FILE has the columns that the run learned from; what is empty in it is drawn given all the rest of its window.
-    Writes the table with its gaps filled and all else as it stands, beside it a row for each filled value with mean and
-    quantiles (.quantiles.csv), and a picture (.png).
+    Writes the table with its gaps filled and all other cells as they stand, beside it a row for each filled value with
+    mean and quantiles (.quantiles.csv), and a picture (.png).
     """
 
     model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder, of dspd or cspd")]

@@ -36,8 +36,8 @@ class Sample:
 
     Series are drawn at the times of training items, or at --times; a .csv has a row for each time of each, with its
     number in the column `sample`. Other functions (fdp) are looked at on a finer grid with --resolution, or at any
-    points with --at: the first axis from top to bottom, the second from left to right, pixel i of n at (i + 1/2) / n;
-    `samples` is then (n, channels, points).
+    points with --at: the first axis from top to bottom, the second from left to right, pixel i of n at (i + 1/2) / n
+    (with basis=fourier at i / n); `samples` is then (n, channels, points).
     """
 
     model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder")]
@@ -107,8 +107,6 @@ class Sample:
             raise UserError(f"--out: {self.out} is not valid: .csv is for series; write {form.kind} to an .npz")
         if suffix in _PICTURES:
             require_picture(form)
-        if self.trajectory and options.get("at") is not None:
-            raise UserError("at: given with --trajectory, whose states are whole functions; leave one out")
         num = (64 if start is None else len(start)) if self.num is None else self.num
         if suffix != ".npz" and num > _MOST_IN_PICTURE:
             raise UserError(f"--num: {num} samples do not fit in a picture; write them to an .npz")

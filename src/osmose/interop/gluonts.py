@@ -1,7 +1,8 @@
 """GluonTS: train on its data sets, forecast as one of its predictors.
 
 A GluonTS data set is a list of dicts with `start`, a pandas Period, and `target`, (T,) of one column or (C, T) of
-several, NaN where missing; `item_id` names it. All times are counted in steps of its frequency.
+several, NaN where missing; `item_id` names it. All times are counted in steps of its frequency, which is that of
+`start`: a run knows the one that it learned from, and forecasts no other.
 """
 
 from __future__ import annotations
@@ -29,28 +30,32 @@ try:
 except ImportError as error:
     raise UserError(f"gluonts: {error.name} is missing; install it with: pip install 'osmose[series]'") from None
 
+#: What the column of times is called, before the frequency.
+_STEPS = "steps of "
 #: Windows hold so many horizons of history beside the one that is forecast, unless told otherwise.
 _CONTEXT = 3
 
 
 def write_table(entries: Iterable[dict[str, Any]], path: Path | str) -> tuple[int, int]:
-    """Write a data set as a table with the columns `item`, `step` (from its start) and `x0`, `x1`, ...
+    """Write a data set as a table with the columns `item`, `steps of` its frequency (from its start), `x0`, `x1`, ...
 
     Returns:
         The number of columns of values, and of rows of the shortest series.
 
     Raises:
-        UserError: no series, series of different numbers of columns.
+        UserError: no series, series of different numbers of columns or frequencies.
     """
     text = io.StringIO()
-    writer, columns, shortest = csv.writer(text, lineterminator="\n"), 0, 0
+    writer, columns, shortest, frequency = csv.writer(text, lineterminator="\n"), 0, 0, ""
     for index, entry in enumerate(entries):
         target = np.atleast_2d(np.asarray(entry["target"], dtype=float))
         if not index:
-            columns, shortest = target.shape
-            writer.writerow(["item", "step", *(f"x{i}" for i in range(columns))])
+            (columns, shortest), frequency = target.shape, _frequency(entry)
+            writer.writerow(["item", f"{_STEPS}{frequency}", *(f"x{i}" for i in range(columns))])
         if target.shape[0] != columns:
             raise UserError(f"target: series {index} has {target.shape[0]} columns, and the first {columns}")
+        if _frequency(entry) != frequency:
+            raise UserError(f"start: series {index} has the frequency {_frequency(entry)}, and the first {frequency}")
         shortest = min(shortest, target.shape[1])
         name = f"{index}:{entry.get('item_id', '')}"
         for step, values in enumerate(target.T):
@@ -59,6 +64,11 @@ def write_table(entries: Iterable[dict[str, Any]], path: Path | str) -> tuple[in
         raise UserError("dataset: has no series")
     files.write_bytes(Path(path), text.getvalue().encode())
     return columns, shortest
+
+
+def _frequency(entry: dict[str, Any]) -> str:
+    """Of the start of an entry."""
+    return str(getattr(entry["start"], "freqstr", "step"))
 
 
 def train(
@@ -105,7 +115,6 @@ def train(
         {
             "source": f"series:{table}",
             "id_column": "item",
-            "time_column": "step",
             "window": window,
             "held_out": share,
         }
@@ -148,12 +157,17 @@ class OsmosePredictor(Predictor):
         """A forecast of what comes after each entry, in order.
 
         Raises:
-            UserError: entries with other columns than those of the run, or without a known value.
+            UserError: entries with other columns or another frequency than those of the run, or without a known value.
         """
         form = self.model.spec.series
         assert form is not None
         for index, entry in enumerate(dataset):
             target = np.atleast_2d(np.asarray(entry["target"], dtype=float))
+            frequency = form.time_column.removeprefix(_STEPS)
+            if frequency != form.time_column and _frequency(entry) != frequency:
+                raise UserError(
+                    f"start: entry {index} has the frequency {_frequency(entry)}, and this run learned from {frequency}"
+                )
             if not target.size:
                 raise UserError(f"target: entry {index} has no times")
             # A step of a GluonTS data set is the gap that the run knows.

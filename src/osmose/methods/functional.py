@@ -114,7 +114,8 @@ class FunctionalConfig(MethodConfig):
         if spec.kind == "image":  # on two axes noise has a limit above an exponent of 1, and images are rough
             network = network_for(spec.shape)
             return {"network": network, "basis": "dct", "spectrum": {"kind": "power", "exponent": 1.25}}
-        return {"network": {"kind": "uvit", "patch": 1, "width": 64}}
+        basis = "dct" if spec.kind == "series" else "fourier"  # their ends seldom meet
+        return {"network": {"kind": "uvit", "patch": 1, "width": 64}, "basis": basis}
 
     @classmethod
     def training_recipe(cls, spec: DataSpec) -> dict[str, Any]:
@@ -162,6 +163,8 @@ class Functional(GenerativeModel):
         self.weighting = config.weighting or ("posterior" if self.filters else "prior")
         self.mean = nn.Buffer(torch.zeros(spec.shape))
         self.spread = nn.Buffer(torch.ones(spec.shape))
+        if config.sampling.at is not None:
+            raise UserError("sampling.at: is said when samples are drawn; training has no use for it")
         try:
             self.sampling()
         except UserError as error:  # before training, not after
@@ -360,6 +363,8 @@ class Functional(GenerativeModel):
         is drawn with a bias, as by any replacement, towards what is probable without them.
         """
         assert isinstance(sampling, FunctionalSampling)
+        if sampling.at is not None:
+            raise UserError("at: given with known; whole items are completed")
         grid = self._grid(sampling)
         if times is not None and bool(known.isnan().all()):
             points = self._points_of(times)
@@ -424,9 +429,12 @@ class Functional(GenerativeModel):
         def modes(c: Tensor, t: float) -> Tensor:
             return field.harmonics.modes(estimate(c, t))
 
+        def shown(c: Tensor) -> Tensor:
+            return field.harmonics.values(c) if points is None else field.harmonics.at(c, points)
+
         times = torch.linspace(1.0, _FIRST, sampling.num_steps, dtype=torch.float64).tolist()
         c = normal() * process.state.sqrt().to(self.device, torch.float32)
-        on_step(0, len(times), field.harmonics.values(c))
+        on_step(0, len(times), shown(c))
         for index, (t, s) in enumerate(itertools.pairwise(times)):
             if sampling.solver == "pc":
                 c = process.corrected(c, modes(c, t), t, sampling.snr, normal())
@@ -440,15 +448,15 @@ class Functional(GenerativeModel):
                 u = min(s + sampling.churn * (t - s), 1.0)
                 c = process.diffuse(c, s, u, normal())
                 c = process.backwards(c, modes(c, u), u, s, normal())
-            on_step(index + 1, len(times), field.harmonics.values(c))
+            on_step(index + 1, len(times), shown(c))
         x = estimate(c, times[-1])
+        if points is not None and isinstance(self.network, Implicit) and not self.network.config.y_input:
+            label = torch.full((draws.count,), 1000 * times[-1]).to(c)  # it is a function of the points itself
+            x, calls = self.network(field.harmonics.values(c), label, condition, points.to(c)), calls + 1
+        elif points is not None:
+            x = field.harmonics.at(field.harmonics.modes(x), points)
         on_step(len(times), len(times), x)
-        if points is None:
-            return x, calls
-        if isinstance(self.network, Implicit) and not self.network.config.y_input:  # a function of the points itself
-            label = torch.full((draws.count,), 1000 * times[-1]).to(c)
-            return self.network(field.harmonics.values(c), label, condition, points.to(c)), calls + 1
-        return field.harmonics.at(field.harmonics.modes(x), points), calls
+        return x, calls
 
     def bound(
         self,
@@ -472,7 +480,10 @@ class Functional(GenerativeModel):
         decoder = level_decoder(self.spec)
         if decoder is None and self.spec.levels is not None:
             raise UserError("likelihood: fdp needs the same levels in all channels")
-        field, steps = self.fields.on(self.grid), num_steps or _BOUND_STEPS
+        steps = _BOUND_STEPS if num_steps is None else num_steps
+        if steps < 2:
+            raise UserError(f"num_steps: {steps} is not valid: the bound needs 2 steps at least, and more to be near")
+        field = self.fields.on(self.grid)
         process, limits = field.process, self.spec.model_range if clip else None
         times = torch.logspace(math.log10(_FIRST), 0.0, steps, dtype=torch.float64).clamp(max=1.0)
         x0, count, D = batch.x0, len(batch.x0), self.spec.dimension

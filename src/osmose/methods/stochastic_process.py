@@ -215,8 +215,8 @@ class SeriesProcess(GenerativeModel):
         self._unlike = None  # what is asked for next has complaints of its own
         return super().report()
 
-    def _compare(self, times: Tensor) -> None:
-        """Note times that are unlike those of training."""
+    def _compare(self, times: Tensor, free: bool) -> None:
+        """Note times that are unlike those of training; of series that are drawn freely, also when they begin."""
         form, there = self.spec.series, times.isfinite()
         assert form is not None
         gaps = times.diff(dim=1)[there[:, 1:]]
@@ -225,6 +225,14 @@ class SeriesProcess(GenerativeModel):
         span = float((times.nan_to_num(-math.inf).amax(1) - times[:, 0]).max())
         if span > _FAR * form.span:
             self._unlike = f"times: cover {span:.4g}, and those of training at most {form.span:.4g}"
+        if free and not form.from_first:  # the network counts from the first time of an item, wherever that is
+            first, begins = times[:, 0], self._kept()[:, 0]
+            low, high = float(begins.min()) - form.gap, float(begins.max()) + form.gap
+            if not low <= float(first.min()) <= float(first.max()) <= high:
+                self._unlike = (
+                    f"times: begin between {float(first.min()):.4g} and {float(first.max()):.4g}, and those of "
+                    f"training between {float(begins.min()):.4g} and {float(begins.max()):.4g}, as whose they are taken"
+                )
 
     def prepare(self, items: Iterable[Batch]) -> None:
         squares = torch.zeros(self.spec.shape[0], dtype=torch.float64)
@@ -340,7 +348,7 @@ class SeriesProcess(GenerativeModel):
             last = torch.where(known.isfinite().any(1).cpu(), torch.arange(known.shape[2]), -1).amax(1)
             hidden &= (torch.arange(known.shape[2]) > last[:, None])[:, None]
         self._admit(known, hidden)
-        self._compare(times)
+        self._compare(times, free=not bool(known.isfinite().any()))
         setting = self.hiding.setting(known, times, hidden, condition)
         grid = self._grid(sampling)
         u = self._noise(draws, setting) * self.config.schedule.prior_std

@@ -83,7 +83,7 @@ class WhiteFactor(Factor):
         return values * self.known.to(values)
 
     def log_det(self) -> Tensor:
-        return torch.zeros(self.hidden.shape, dtype=torch.float64, device=self.hidden.device)
+        return torch.zeros(self.hidden.shape, dtype=_wide_on(self.hidden.device), device=self.hidden.device)
 
 
 class MarkovFactor(Factor):

@@ -62,8 +62,10 @@ def statistical(cases: Sequence[Case], season: int, count: int, seed: int) -> di
     return {name: torch.stack(paths).float() for name, paths in found.items()}
 
 
-def deepar(cases: Sequence[Case], horizon: int, context: int, count: int, seed: int) -> Tensor:
+def deepar(cases: Sequence[Case], horizon: int, context: int, frequency: str, count: int, seed: int) -> Tensor:
     """GluonTS's DeepAR, one model of all columns, trained on what comes before the first window: (W, S, C, H).
+
+    The frequency of the rows decides what it is told of the time of day or the day of the week, and its lags.
 
     Raises:
         UserError: GluonTS with its models in torch is not installed.
@@ -79,12 +81,12 @@ def deepar(cases: Sequence[Case], horizon: int, context: int, count: int, seed: 
     lightning.seed_everything(seed)
 
     def entries(values: np.ndarray) -> list[dict[str, Any]]:
-        start = pandas.Period("2000-01-01 00:00", freq="h")
+        start = pandas.Period("2000-01-03 00:00", freq=frequency)
         return [{"start": start, "target": column, "item_id": str(i)} for i, column in enumerate(values.T)]
 
     folder = tempfile.TemporaryDirectory()  # it keeps its best weights on disk
     estimator = DeepAREstimator(
-        freq="h",
+        freq=frequency,
         prediction_length=horizon,
         context_length=context,
         num_layers=2,
@@ -103,10 +105,10 @@ def deepar(cases: Sequence[Case], horizon: int, context: int, count: int, seed: 
     )
     with warnings.catch_warnings(), folder:
         warnings.simplefilter("ignore")
-        predictor = estimator.train(ListDataset(entries(cases[0].history.values), freq="h"))
+        predictor = estimator.train(ListDataset(entries(cases[0].history.values), freq=frequency))
         paths = []
         for case in cases:
-            data = ListDataset(entries(case.history.values), freq="h")
+            data = ListDataset(entries(case.history.values), freq=frequency)
             made = [forecast.samples for forecast in predictor.predict(data, num_samples=count)]
             paths.append(torch.from_numpy(np.stack(made, axis=1)).float())
     return torch.stack(paths)
