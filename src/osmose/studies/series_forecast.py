@@ -198,7 +198,6 @@ class SeriesForecast(Study):
                         str(labels["forecast"]), (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points"
                     )
             panel.set(title=f"{data}: lower is better", xlabel="crps_sum", ylabel="path energy")
-            panel.set(xscale="log", yscale="log")
         return {"forecasts": figure}
 
 
