@@ -5,6 +5,8 @@ from __future__ import annotations
 #: Verb: where its command is, and what it does in one line.
 COMMANDS = {
     "train": ("osmose.cli.train:Train", "train a model on data, or continue a run"),
+    "train blocks": ("osmose.cli.blocks:TrainBlocks", "train a denoiser in blocks, each by itself on its own noise"),
+    "blocks merge": ("osmose.cli.blocks:Merge", "put blocks together that were trained in several folders"),
     "sample": ("osmose.cli.sample:Sample", "draw samples from a run: a picture or an .npz"),
     "forecast": ("osmose.cli.forecast:Forecast", "draw what comes after a history: quantiles and a fan chart"),
     "impute": ("osmose.cli.impute:Impute", "fill the gaps of a table of series, with quantiles"),

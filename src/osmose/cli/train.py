@@ -130,24 +130,37 @@ class Train:
         changes = self._changes()
         if self.init is not None:
             return self._continue(self.init, out, changes)
-        if "data.source" not in changes:
-            raise UserError(f"--data: required: one of {', '.join(SOURCES.entries)}")
-        from osmose.data.dataset import DataConfig
-        from osmose.training.recipes import checked, recipe
+        self._require_data(changes)
         from osmose.training.run import Run, require_free
 
         require_free(out)
+        data, dataset = self._data(changes)
+        return self._train(Run.create(out, self._config(data, dataset, changes)), dataset)
+
+    def _require_data(self, changes: dict[str, Any]) -> None:
+        if "data.source" not in changes:
+            raise UserError(f"--data: required: one of {', '.join(SOURCES.entries)}")
+
+    def _data(self, changes: dict[str, Any]) -> tuple[Any, Any]:
+        """What `changes` say of the data, which are taken out of them, and the data themselves."""
+        from osmose.data.dataset import DataConfig
+
         given = {k.removeprefix("data."): changes.pop(k) for k in list(changes) if k.startswith("data.")}
         try:
             data = DataConfig.parse(given)
         except ConfigError as error:
             raise UserError(f"data.{error}") from None
-        dataset = data.load()
+        return data, data.load()
+
+    def _config(self, data: Any, dataset: Any, changes: dict[str, Any]) -> Any:
+        """The configuration of the run, whose parts fit each other."""
+        from osmose.training.recipes import checked, recipe
+
+        assert self.method is not None
         try:
-            config = checked(recipe(self.method, data, dataset, changes.pop("seed", 0), changes))
+            return checked(recipe(self.method, data, dataset, changes.pop("seed", 0), changes))
         except UserError as error:  # what the file calls method.network is network on the command line
             raise UserError(str(error).removeprefix("method.")) from None
-        return self._train(Run.create(out, config), dataset)
 
     def _continue(self, init: Path, out: Path, changes: dict[str, Any]) -> Result:
         """Begin with the weights of a run, on its data."""

@@ -99,6 +99,8 @@ class NetworkDenoiser(nn.Module):
 class Conditioned:
     """A denoiser with its condition filled in, and its result kept inside the data's range where one is given.
 
+    With guidance g (arXiv 2207.12598) it is D + (g - 1) (D - D without the condition), of two evaluations.
+
     The solvers recompute eps from what it returns.
 
     Attributes:
@@ -106,21 +108,31 @@ class Conditioned:
     """
 
     def __init__(
-        self, denoiser: NetworkDenoiser, condition: Tensor | None = None, limits: tuple[float, float] | None = None
+        self,
+        denoiser: NetworkDenoiser,
+        condition: Tensor | None = None,
+        limits: tuple[float, float] | None = None,
+        guidance: float | None = None,
     ):
-        self.denoiser, self.condition, self.limits = denoiser, condition, limits
+        self.denoiser, self.condition, self.limits, self.guidance = denoiser, condition, limits, guidance
         self.calls = 0
 
     def __call__(self, x_t: Tensor, level: Level) -> Tensor:
         self.calls += 1
-        return self._limited(self.denoiser(x_t, level, self.condition))
+        return self._limited(self._guided(self.denoiser(x_t, level, self.condition), x_t, level))
+
+    def _guided(self, x0: Tensor, x_t: Tensor, level: Level) -> Tensor:
+        if self.guidance is None:
+            return x0
+        self.calls += 1
+        return x0 + (self.guidance - 1) * (x0 - self.denoiser(x_t, level, None))
 
     def with_variance(self, x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """The denoised batch, and w of a learned variance."""
         self.calls += 1
         x0, share = self.denoiser.with_variance(x_t, level, self.condition)
         assert share is not None, "asked for the variance of a model that has not learned one"
-        return self._limited(x0), share
+        return self._limited(self._guided(x0, x_t, level)), share
 
     def _limited(self, x0: Tensor) -> Tensor:
         return x0 if self.limits is None else x0.clamp(*self.limits)

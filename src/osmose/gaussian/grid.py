@@ -12,6 +12,7 @@ trailing    round(T - i T / K), contains the last step.
 quadratic   1 + floor(linspace(0, sqrt(0.8 T), K)^2), DDIM's quadratic grid: starts near 0.8 T.
 log-snr     uniform in log(alpha / sigma), DPM-Solver's.
 karras      uniform in (sigma / alpha)^(1/7), EDM's eq. 5.
+equal-mass  quantiles of EDM's law of training noise, log(sigma / alpha) ~ N(-1.2, 1.2^2) (arXiv 2506.14202).
 =========== ========================================================================================================
 """
 
@@ -27,8 +28,9 @@ from torch import Tensor
 from osmose.errors import UserError
 from osmose.gaussian.schedule import CLEAN, Level, Schedule
 
-Spacing = Literal["even", "leading", "trailing", "quadratic", "log-snr", "karras"]
+Spacing = Literal["even", "leading", "trailing", "quadratic", "log-snr", "karras", "equal-mass"]
 _KARRAS_RHO = 7.0
+_LAW_MEAN, _LAW_STD = -1.2, 1.2
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,14 @@ class TimeGrid:
             raise UserError(f"num_steps: {num_steps} is not valid: must be at least 1")
         if total is not None and num_steps > total:
             raise UserError(f"num_steps: {num_steps} is more than the {total} steps that the schedule has")
-        if spacing in ("log-snr", "karras"):
+        if spacing in ("log-snr", "karras", "equal-mass"):
             return cls.at(schedule, _continuous(schedule, num_steps, spacing))
         if total is not None:
             return cls.at(schedule, torch.tensor(strided(total, num_steps, spacing)).flip(0).double() / total)
         if spacing != "even":
-            raise UserError(f"spacing: {spacing!r} needs a schedule with discrete steps; use even, log-snr or karras")
+            raise UserError(
+                f"spacing: {spacing!r} needs a schedule with discrete steps; use even, log-snr, karras or equal-mass"
+            )
         # A schedule that ends above zero noise (EDM's sigma_min) is evaluated at its end, others stop one step before.
         ends_noisy = float(schedule.sigma(0.0)) > 0
         t = torch.linspace(1, 0, num_steps + (0 if ends_noisy else 1), dtype=torch.float64)
@@ -121,6 +125,11 @@ def _continuous(schedule: Schedule, num_steps: int, spacing: Spacing) -> Tensor:
         return torch.tensor([first], dtype=torch.float64)
     if spacing == "log-snr":
         log_snr = torch.linspace(low, high, num_steps, dtype=torch.float64)
+    elif spacing == "equal-mass":
+        ends = (torch.tensor([low, high], dtype=torch.float64) / -2 - _LAW_MEAN) / _LAW_STD
+        first_share, last_share = torch.special.ndtr(ends).tolist()
+        share = torch.linspace(first_share, last_share, num_steps, dtype=torch.float64)
+        log_snr = -2 * (_LAW_MEAN + _LAW_STD * torch.special.ndtri(share))
     else:
         ratio = torch.tensor([low, high], dtype=torch.float64).div(-2 * _KARRAS_RHO).exp()
         root = torch.linspace(float(ratio[0]), float(ratio[1]), num_steps, dtype=torch.float64)

@@ -89,6 +89,17 @@ class GaussianSampling(SamplingConfig):
     clip: bool = Field(True, description="keep the denoised estimate inside the data's range, where there is one")
 
 
+class GuidedSampling(GaussianSampling):
+    """And how strongly the class is stressed."""
+
+    guidance: float | None = Field(
+        None,
+        gt=0,
+        description="factor of what the class adds to the estimate, above 1 to stress it, at a second evaluation a "
+        "step; of runs with label_dropout",
+    )
+
+
 class ChainModel(GenerativeModel):
     """A model whose samples pass through all noise levels of a schedule.
 

@@ -14,12 +14,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal, cast, get_args
 
 import torch
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
+from osmose.configuration import ConfigError
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.chain import ReverseChain, Variance
@@ -34,6 +36,7 @@ from osmose.methods.base import SamplingConfig
 from osmose.methods.chain import (
     ChainModel,
     GaussianSampling,
+    GuidedSampling,
     ParametrizationChoice,
     ProcessConfig,
     ScheduleChoice,
@@ -60,7 +63,16 @@ class DiffusionConfig(ProcessConfig):
     variance: Variance = Field(
         "fixed_small", description="of the reverse chain in the bound; learned_range is a second output of the network"
     )
-    sampling: GaussianSampling = GaussianSampling()
+    label_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of items whose class is not told in training, which guidance needs"
+    )
+    sampling: GuidedSampling = GuidedSampling()
+
+    @model_validator(mode="after")
+    def _has_labels(self) -> DiffusionConfig:
+        if self.label_dropout and not self.conditional:
+            raise ConfigError("label_dropout", f"{self.label_dropout:g} needs conditional=true: no class is told")
+        return self
 
     def build(self, spec: DataSpec) -> Diffusion:
         return Diffusion(self, spec)
@@ -82,7 +94,7 @@ class IDDPMConfig(DDPMConfig):
     schedule: ScheduleChoice = CosineSchedule(num_steps=4000)
     objective: ObjectiveChoice = HybridObjective()
     variance: Variance = "learned_range"
-    sampling: GaussianSampling = GaussianSampling(num_steps=100, solver=Ancestral(variance="learned_range"))
+    sampling: GuidedSampling = GuidedSampling(num_steps=100, solver=Ancestral(variance="learned_range"))
 
 
 class EDMConfig(DiffusionConfig):
@@ -92,7 +104,7 @@ class EDMConfig(DiffusionConfig):
     schedule: ScheduleChoice = VarianceExploding()
     parametrization: ParametrizationChoice = EDMParametrization()
     times: TimesChoice = LogNormalTimes()
-    sampling: GaussianSampling = GaussianSampling(num_steps=18, solver=Heun(), clip=False)
+    sampling: GuidedSampling = GuidedSampling(num_steps=18, solver=Heun(), clip=False)
 
     @classmethod
     def recipe(cls, spec: DataSpec, data_std: float) -> dict[str, Any]:
@@ -135,6 +147,11 @@ class Diffusion(ChainModel):
         assert isinstance(sampling, GaussianSampling)
         self._grid(sampling)  # refuses what does not fit the schedule
         self._require_variance("solver.variance", sampling.solver.needs_learned_variance)
+        if isinstance(sampling, GuidedSampling) and sampling.guidance is not None and not self.config.label_dropout:
+            raise UserError(
+                f"guidance: {sampling.guidance:g} needs a run that can do without classes: train with --conditional "
+                "label_dropout=0.1"
+            )
         return sampling
 
     def _require_variance(self, name: str, learned: bool) -> None:
@@ -182,6 +199,9 @@ class Diffusion(ChainModel):
     def _losses(self, batch: Batch, t: Tensor, draws: Draws, note: bool) -> LossTerms:
         """The objective at given times, as the time sampler sees it, if it is to: without importance weights."""
         first = self.noise(draws).to(batch.x0.dtype)
+        if self.training and self.config.label_dropout and batch.condition is not None:
+            hidden = draws.branch("labels").uniform().to(self.device) < self.config.label_dropout
+            batch = replace(batch, condition=torch.where(hidden, -1, batch.condition))
 
         def noise(index: int) -> Tensor:
             if index == 0:
@@ -316,7 +336,8 @@ class Diffusion(ChainModel):
         return TimeGrid.of(self.schedule, sampling.num_steps, sampling.spacing)
 
     def _denoise(self, sampling: GaussianSampling, condition: Tensor | None) -> Conditioned:
-        return Conditioned(self.denoiser, condition, self.spec.model_range if sampling.clip else None)
+        guidance = sampling.guidance if isinstance(sampling, GuidedSampling) else None
+        return Conditioned(self.denoiser, condition, self.spec.model_range if sampling.clip else None, guidance)
 
     def _run(
         self,

@@ -18,15 +18,16 @@ sum_t p_t L_t, which follows the losses as they change and stresses the steps wh
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Annotated, Literal
 
 import torch
 import torch.distributed
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
-from osmose.configuration import Config
+from osmose.configuration import Config, ConfigError
 from osmose.errors import UserError
 from osmose.gaussian.draws import Draws
 from osmose.gaussian.schedule import Schedule
@@ -113,8 +114,28 @@ class LogNormalTimes(TimeSamplerConfig):
     kind: Literal["log-normal"] = "log-normal"
     mean: float = -1.2
     std: float = Field(1.2, gt=0)
+    lowest: float | None = Field(None, gt=0, description="smallest sigma / alpha that is drawn; no limit if not given")
+    highest: float | None = Field(None, gt=0, description="largest; the law between the two is as it is without them")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LogNormalTimes:
+        if self.lowest is not None and self.highest is not None and self.lowest >= self.highest:
+            raise ConfigError("lowest", f"{self.lowest:g} is not valid: has to be below highest, {self.highest:g}")
+        return self
+
+    def share_below(self, ratio: float) -> float:
+        """The probability of a smaller sigma / alpha, without limits."""
+        return float(torch.special.ndtr(torch.tensor((math.log(ratio) - self.mean) / self.std, dtype=torch.float64)))
+
+    def ratio_at(self, share: float) -> float:
+        """The inverse of `share_below`."""
+        return math.exp(self.mean + self.std * float(torch.special.ndtri(torch.tensor(share, dtype=torch.float64))))
 
     def times(self, u: Tensor, schedule: Schedule) -> Tensor:
+        if self.lowest is not None or self.highest is not None:
+            first = 0.0 if self.lowest is None else self.share_below(self.lowest)
+            last = 1.0 if self.highest is None else self.share_below(self.highest)
+            u = first + u * (last - first)
         # ndtri(0) is minus infinity; the smallest double above 0 is far beyond every schedule's range already.
         log_ratio = self.mean + self.std * torch.special.ndtri(u.clamp(min=1e-300))
         earliest = 1 / schedule.native_steps if schedule.native_steps else 0.0

@@ -18,6 +18,14 @@ NETWORKS = Registry(
             "osmose.networks.uvit:UViTConfig",
             "transformer with long skips over points or patches, which knows their coordinates",
         ),
+        "dit": (
+            "osmose.networks.dit:DiTConfig",
+            "transformer over patches, a residual stack that time and class modulate; may be cut into blocks",
+        ),
+        "experts": (
+            "osmose.networks.experts:ExpertsConfig",
+            "networks that share the noise levels among them, as osmose train blocks makes them",
+        ),
         "implicit": (
             "osmose.networks.implicit:ImplicitConfig",
             "coordinate MLP that is fitted to each noisy input by a few gradient steps; small and slow",

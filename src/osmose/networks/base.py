@@ -38,14 +38,23 @@ class NetworkConfig(Config, ABC):
         """A network for events of a shape.
 
         The module is called as `network(x, label, condition)`: x (B, *event_shape), label float32 (B,) on the scale
-        0..1000, condition int64 (B,) class indices or None. It returns `num_outputs` values for each value of the
-        event, one event after the other along its first axis: (B, num_outputs * event_shape[0], *event_shape[1:]);
-        a learned variance is a second output. All of them are 0 at the start, or what can be said without training
-        (`networks.calibration`), and no more than a trace of anything else.
+        0..1000, condition int64 (B,) class indices, -1 for a class that is not told, or None. It returns `num_outputs`
+        values for each value of the event, one event after the other along its first axis: (B, num_outputs *
+        event_shape[0], *event_shape[1:]); a learned variance is a second output. All of them are 0 at the start, or
+        what can be said without training (`networks.calibration`), and no more than a trace of anything else.
 
         Raises:
             UserError: the configuration does not fit the shape; the message says what would.
         """
+
+    @property
+    def layers(self) -> int | None:
+        """How many layers it has, where it is a stack of residual layers of one width; None for others."""
+        return None
+
+    def with_layers(self, count: int) -> NetworkConfig:
+        """The same stack with so many layers; of those alone that have `layers`."""
+        raise NotImplementedError(f"{self.kind} is no stack of layers")
 
     def table(self, event_shape: tuple[int, ...]) -> list[dict[str, Any]]:  # noqa: ARG002
         """The parts of a network for events of a shape in the order of the computation, for people to look at.

@@ -30,6 +30,7 @@ from torch.func import functional_call, grad, vmap
 from osmose.configuration import ConfigError
 from osmose.errors import UserError
 from osmose.networks.base import Everywhere, NetworkConfig, coordinates
+from osmose.networks.layers import Classes
 
 
 class ImplicitConfig(NetworkConfig):
@@ -113,7 +114,7 @@ class Implicit(nn.Module, Everywhere):
         self.config, self.event_shape = config, tuple(event_shape)
         channels, axes = event_shape[0], len(event_shape) - 1
         self.field = _Field(config, axes + 1 + (channels if config.y_input else 0), channels)
-        self.classes = nn.Embedding(num_classes, config.width) if num_classes else None
+        self.classes = Classes(num_classes, config.width) if num_classes else None
         if self.classes is not None:
             nn.init.zeros_(self.classes.weight)
         self.rates = nn.ParameterDict()

@@ -1,4 +1,4 @@
-"""Linear layers whose forward derivative costs one more evaluation.
+"""Linear layers whose forward derivative costs one more evaluation, and embeddings of classes.
 
 torch differentiates a layer f(x, w) + b in x and in w. In forward mode that is f(dx, w) + f(x, dw), and where the
 weights do not vary it computes the second term all the same, from zeros: a derivative along x costs two evaluations
@@ -21,6 +21,14 @@ def affine(
     if slope is None or any(forward_ad.unpack_dual(p).tangent is not None for p in (weight, bias) if p is not None):
         return f(x, weight, bias)
     return forward_ad.make_dual(f(value, weight, bias), f(slope, weight, None))
+
+
+class Classes(nn.Embedding):
+    """torch's embedding, of classes of which some are not told: numbers below 0 have the embedding 0."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        told = super().forward(input.clamp(min=0))
+        return told * (input >= 0).unsqueeze(-1).to(told.dtype)
 
 
 class Linear(nn.Linear):

@@ -23,7 +23,7 @@ from osmose.networks.base import (
     sinusoids,
 )
 from osmose.networks.calibration import Calibration
-from osmose.networks.layers import Linear
+from osmose.networks.layers import Classes, Linear
 
 
 class MLPConfig(NetworkConfig):
@@ -38,6 +38,14 @@ class MLPConfig(NetworkConfig):
     linear: bool = Field(
         False, description="learn what is left of the best linear prediction, which is fitted to the data's moments"
     )
+
+    @property
+    def layers(self) -> int | None:
+        return self.depth
+
+    def with_layers(self, count: int) -> MLPConfig:
+        shorter: MLPConfig = self.replace(depth=count)
+        return shorter
 
     def build(self, event_shape: tuple[int, ...], *, num_classes: int | None = None, num_outputs: int = 1) -> nn.Module:
         return MLP(self, event_shape, num_classes, num_outputs)
@@ -75,7 +83,7 @@ class MLP(nn.Module):
         self.config = config
         self.embed = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width), nn.SiLU())
         self.calibration = Calibration(dimension) if config.linear else None
-        self.classes = nn.Embedding(num_classes, width) if num_classes else None
+        self.classes = Classes(num_classes, width) if num_classes else None
         self.stem = Linear(dimension, width)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), near_zero_(Linear(width, num_outputs * dimension)))

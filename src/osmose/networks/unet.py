@@ -36,7 +36,7 @@ from osmose.networks.base import (
     sinusoids,
 )
 from osmose.networks.blocks import Attention, Downsample, Level, MBConv, Norm, Residual, TimeEmbedding, Upsample
-from osmose.networks.layers import Conv2d
+from osmose.networks.layers import Classes, Conv2d
 
 
 class UNetConfig(NetworkConfig):
@@ -154,7 +154,7 @@ class UNet(nn.Module):
         self.config, self.channels, data_channels = config, channels, event_shape[0]
         self.event_shape = tuple(event_shape)
         self.time_embedding = TimeEmbedding(channels, 4 * channels)
-        self.class_embedding = nn.Embedding(num_classes, 4 * channels) if num_classes else None
+        self.class_embedding = Classes(num_classes, 4 * channels) if num_classes else None
         self.conv_in = Conv2d(data_channels, channels, 3, padding=1)
 
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()

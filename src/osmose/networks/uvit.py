@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from osmose.configuration import ConfigError
 from osmose.errors import UserError
 from osmose.networks.base import Everywhere, NetworkConfig, coordinates, near_zero_, sinusoids
-from osmose.networks.layers import Linear
+from osmose.networks.layers import Classes, Linear
 
 
 class UViTConfig(NetworkConfig):
@@ -101,7 +101,7 @@ class UViT(nn.Module, Everywhere):
         self.embed = Linear(channels * values, config.width)
         self.place = Linear(2 * count * len(grid), config.width)
         self.time = nn.Sequential(Linear(config.width, config.width), nn.SiLU(), Linear(config.width, config.width))
-        self.classes = nn.Embedding(num_classes, config.width) if num_classes else None
+        self.classes = Classes(num_classes, config.width) if num_classes else None
         half = config.depth // 2
         self.blocks = nn.ModuleList(_Block(config, skip=i >= config.depth - half) for i in range(config.depth))
         self.norm = nn.LayerNorm(config.width)

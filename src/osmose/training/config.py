@@ -40,7 +40,7 @@ class TrainingConfig(Config):
     validate_every: int = Field(250, ge=1, description="steps between losses on held-out data")
     validation_items: int = Field(512, ge=1)
     preview_every: int = Field(1000, ge=1, description="steps between sample grids")
-    preview_samples: int = Field(36, ge=1)
+    preview_samples: int = Field(36, ge=0, description="samples in a grid; 0 for no grids")
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1)
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")

@@ -62,6 +62,11 @@ class Run:
                 f"{folder}: a distillation that is not finished; osmose distill METHOD RUN --out {folder} --resume "
                 "goes on with it"
             )
+        if (folder / "blocks.json").is_file() and not (folder / "config.json").is_file():
+            raise UserError(
+                f"{folder}: blocks that are not all trained; osmose train blocks --out {folder} --resume goes on with "
+                "them, osmose blocks merge puts together what was trained elsewhere"
+            )
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: not a run folder (it has no config.json)")
         values = files.read_json(folder / "config.json")

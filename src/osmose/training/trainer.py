@@ -128,7 +128,20 @@ class Trainer:
             DivergedError: gradient, loss or weights are not finite; the last good checkpoint is named.
             UserError: the disk is full; the last checkpoint is unchanged.
         """
-        window = self.window
+        self.begin()
+        with stopping_on_signal() as stopped, torch.random.fork_rng(), self.progress:
+            if not self.config.steps and not self.checkpoints.all():  # `prepare` was all there is to do
+                self._log(self.validate())
+                self.preview()
+                self.save()
+            while self.step < self.config.steps:
+                self.advance(stopped)
+                if self.asked and self.step < self.config.steps:
+                    return False
+        return True
+
+    def begin(self) -> None:
+        """Make the run's folder what it was at this step, once, before the first `advance`."""
         if self.is_main:
             self.run.rewind(self.step)
             if self.checkpoints.all():  # whoever wrote the newest may have been killed before it did the rest
@@ -136,32 +149,31 @@ class Trainer:
                 self.run.write_weights(self.ema.state_dict())
         self.accelerator.wait_for_everyone()  # the others may be about to read what was written
         self.progress.start(self.step, self.config.steps, self.config.batch_size)
-        with stopping_on_signal() as stopped, torch.random.fork_rng(), self.progress:
-            if not self.config.steps and not self.checkpoints.all():  # `prepare` was all there is to do
-                self._log(self.validate())
-                self.preview()
-                self.save()
-            while self.step < self.config.steps:
-                started = time.perf_counter()
-                grad_norm = self.optimise(window)
-                self.step += 1
-                window.seconds += time.perf_counter() - started
-                window.grad_norm = grad_norm
-                self.progress.advance(window)
-                if self.step % self.config.log_every == 0:
-                    noted = self.model.report()
-                    self._log(window.drain(self._summed) | noted, lr=self.config.lr_at(self.step - 1))
-                last, asked = self.step == self.config.steps, self._agreed(stopped)
-                self.asked = asked
-                if last or self.step % self.config.validate_every == 0:
-                    self._log(self.validate())
-                if last or self.step % self.config.preview_every == 0:
-                    self.preview()
-                if last or asked or self.step % self.config.checkpoint_every == 0:
-                    self.save()
-                if asked and not last:
-                    return False
-        return True
+
+    def advance(self, stopped: list[int]) -> None:
+        """One step, and what is due after it: logs, validation, a preview, a checkpoint.
+
+        Where a signal has come, as `stopped` says, `asked` is set and everything is saved.
+
+        Raises:
+            DivergedError: as `fit`.
+        """
+        started = time.perf_counter()
+        grad_norm = self.optimise(self.window)
+        self.step += 1
+        self.window.seconds += time.perf_counter() - started
+        self.window.grad_norm = grad_norm
+        self.progress.advance(self.window)
+        if self.step % self.config.log_every == 0:
+            noted = self.model.report()
+            self._log(self.window.drain(self._summed) | noted, lr=self.config.lr_at(self.step - 1))
+        last, self.asked = self.step == self.config.steps, self._agreed(stopped)
+        if last or self.step % self.config.validate_every == 0:
+            self._log(self.validate())
+        if last or self.step % self.config.preview_every == 0:
+            self.preview()
+        if last or self.asked or self.step % self.config.checkpoint_every == 0:
+            self.save()
 
     def optimise(self, window: Window) -> float:
         """One optimisation step; the norm of its gradient, 0 where the optimizer needs none."""
@@ -266,7 +278,7 @@ class Trainer:
 
     def preview(self) -> None:
         """Write a grid of samples of the averaged weights to samples/; the same noise every time."""
-        if not self.is_main or not has_picture(self.run.config.spec):
+        if not self.is_main or not self.config.preview_samples or not has_picture(self.run.config.spec):
             return
         path = self.run.folder / "samples" / f"step_{self.step:08d}.png"
         with self.ema.applied():
