@@ -70,8 +70,8 @@ def test_samples_at_any_points(osmose, name):
         answer = osmose("sample", name, "-n", 4, *extra, "--out", out, "--quiet")
         assert answer.status == 0, answer
     some, whole = (np.load(out)["samples"] for out in ("some.npz", "all.npz"))
-    assert (some.shape, some.dtype) == ((4, 1, 3), whole.dtype)
-    assert np.array_equal(some[..., 0], whole[:, :, 0, 1])  # the pixel there
+    assert (some.shape, some.dtype, whole.dtype) == ((4, 1, 3), np.float32, np.uint8)
+    assert np.array_equal(some[..., 0].round(), whole[:, :, 0, 1])  # the pixel there, between two levels
     answer = osmose("sample", name, "-n", 4, "--at", "points.csv", "--trajectory", "--out", "way.npz", "--quiet")
     assert answer.status == 0, answer
     assert np.load("way.npz")["states"].shape == (4, 4, 1, 3)
@@ -83,6 +83,7 @@ def test_samples_at_any_points(osmose, name):
         ("p,q\n0.5,1.5\n", [], "at: point 0 is (0.5, 1.5); coordinates have to be in [0, 1]"),
         ("p\n0.5\n", [], "at: point 0 has 1 coordinates, and functions here have 2"),
         ("p,q\n0.5,x\n", [], "line 2, column 'q': 'x' is not a finite number"),
+        ("p,q\n0.5,0.5\n", ["--resolution", "16"], "resolution: given with at, whose points take the place of a grid"),
         ("p,q\n", [], "0 rows of numbers; at least 1 are needed"),
         ("p,q\n0.5,0.5\n", ["--out", "x.png"], "data of kind 'function' and shape (1, 1) have no picture; write .npz"),
     ],
@@ -194,7 +195,7 @@ COMPLETE = ["complete", "grid", "some.npz"]
     ("words", "message"),
     [
         (COMPLETE, r"FILE: some\.npz has no unknown value; nothing to complete \(--keep 0\.2"),
-        ([*COMPLETE, "--keep", "1.5"], r"--keep: 1\.5 is not valid: must be between 0 and 1"),
+        ([*COMPLETE, "--keep", "1.5"], r"--keep: 1\.5 is not valid: must be at least 0 and below 1"),
         ([*COMPLETE, "--samples", "0"], "--samples: 0 is not valid: must be at least 1"),
         ([*COMPLETE, "--out", "x.txt"], r"--out: x\.txt is not valid: should end in \.npz"),
         (["complete", "grid", "odd.npz"], r"odd\.npz: items of shape \(1, 4, 4\); \(1, 8, 8\) are needed"),

@@ -188,6 +188,31 @@ def test_what_is_not_missing_stays_as_it_is_written(osmose):
     assert all(float(after[i].split(",")[1]) == float(after[i].split(",")[1]) for i in changed)
 
 
+def test_a_side_file_is_no_more_written_over_its_source_than_the_table(osmose):
+    Path("x.quantiles.csv").write_text(Path("gaps.csv").read_text())
+    answer = osmose("impute", "hours", "x.quantiles.csv", "--out", "x.csv", "--quiet")
+    assert answer.status == 2
+    assert "--out: x.quantiles.csv is read here, and would be lost" in answer.err
+    assert Path("x.quantiles.csv").read_text() == Path("gaps.csv").read_text()
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_a_column_of_which_nothing_is_known_is_a_guess(osmose):
+    table = [line.split(",") for line in Path("hours.csv").read_text().splitlines()]
+    place = table[0].index("a")
+    lines = [table[0], *[[cell if i != place else "" for i, cell in enumerate(row)] for row in table[1:]]]
+    Path("empty.csv").write_text("\n".join(",".join(line) for line in lines))
+    answer = osmose("impute", "hours", "empty.csv", "--samples", "2", "--out", "guess.csv")
+    assert answer.status == 0, answer.err
+    assert "column 'a': has no known value at all; what fills it is a guess" in answer.err
+
+
+def test_information_on_a_long_series_takes_what_training_takes(osmose):
+    answer = osmose("info", "series:hours.csv", "--window", "12")
+    assert answer.status == 0, answer.err
+    assert "osmose train dspd --data series:hours.csv --window 12 --out RUN" in answer.out
+
+
 @pytest.mark.parametrize(
     ("task", "command"),
     [
@@ -261,7 +286,16 @@ REFUSED = [
     ([*AHEAD, "--quantiles", "0.5,1"], "--quantiles: '0.5,1' is not valid"),
     ([*AHEAD, "--out", "f.txt"], r"--out: f\.txt is not valid: should end in"),
     (["impute", "ahead", "gaps.csv"], "learned with task=forecast; gaps are filled by one"),
-    (["impute", "hours", "gaps.csv", "--out", "gaps.csv"], r"--out: gaps\.csv is FILE itself"),
+    (
+        ["forecast", "ahead", "--history", "hours.csv", "--out", "hours.csv"],
+        r"--out: hours\.csv is read here, and would",
+    ),
+    (
+        ["forecast", "ahead", "--history", "hours.csv", "--at", "at.csv", "--out", "at.csv"],
+        r"--out: at\.csv is read here",
+    ),
+    (["info", "hours", "--window", "3"], "--window: 3 is for data of series, and hours is none"),
+    (["impute", "hours", "gaps.csv", "--out", "gaps.csv"], r"--out: gaps\.csv is read here, and would be lost"),
     (["train", "edm", *MANY[:4], "--out", "n"], "method: edm needs items alike, and these series have gaps"),
     (["impute", "hours", "hours.csv"], r"FILE: hours\.csv has no missing value; nothing to fill"),
     (["backtest", "ahead", "--windows", "9"], "windows: 9 of 6 rows reach into training: 40 rows were held out"),

@@ -486,7 +486,7 @@ def test_regular_series_are_functions_of_their_times():
         model.sample(4, known=some, times=torch.arange(8) ** 2, num_steps=3)
     with pytest.raises(UserError, match=r"times: lie 2 apart, and those of the data 0.5; cspd takes any times"):
         model.sample(4, known=some, times=2 * torch.arange(8), num_steps=3)
-    with pytest.raises(UserError, match="resolution: 16 given, and series have their own times"):
+    with pytest.raises(UserError, match="resolution: 16 given, and series have times of their own; take times"):
         model.sampling(resolution=16)
     with pytest.raises(UserError, match="not evenly spaced"):
         model.prepare([Batch(torch.zeros(2, 1, 8), times=torch.arange(8).double()[None] ** 2)])

@@ -6,6 +6,7 @@ length is cut and shifted as the items of training were.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,10 @@ def forecast(
         history = Series(history.name, history.times[: rows[-1] + 1], history.values[: rows[-1] + 1])
     before = torch.from_numpy(history.times[-seen:])
     if not float(ahead[0]) > float(before[-1]) or bool((ahead.diff() <= 0).any()):
-        raise UserError(f"times: of a forecast have to ascend from after {float(before[-1]):g}, the history's last")
+        raise UserError(
+            f"times: of a forecast have to ascend from after {float(before[-1]):.10g}, the history's last; "
+            f"{float(ahead[0]):.10g} is the first"
+        )
     known = torch.from_numpy(history.values[-seen:].T).float()
     if not bool(known.isfinite().any()):
         raise UserError(f"history: its last {seen} times, which the model sees, have no known value")
@@ -125,9 +129,13 @@ def impute(
         raise UserError("run: learned with task=forecast; gaps are filled by one that learned with task=impute or any")
     times, values = torch.from_numpy(series.times), torch.from_numpy(series.values.T).float()
     if not bool(values.isfinite().any()):
-        raise UserError("series: has no known value")
+        name = f" {series.name!r}" if series.name else ""
+        raise UserError(f"series{name}: has no known value")
     if bool(values.isfinite().all()):
         raise UserError("series: nothing is missing")
+    for label, some in zip(form.columns, values.isfinite().any(1).tolist(), strict=True):
+        if not some:
+            warnings.warn(f"column {label!r}: has no known value at all; what fills it is a guess", stacklevel=2)
     length = values.shape[1]
     samples = values.repeat(num_samples, 1, 1)
     starts = [0] if length <= longest else [*range(0, length - longest, max(1, longest // 2)), length - longest]

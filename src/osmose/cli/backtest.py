@@ -26,7 +26,7 @@ class Backtest:
     Writes backtest.json and backtest.png.
     """
 
-    model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder, of dspd or cspd")]
+    model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder of series: dspd, cspd, fdp")]
     windows: Annotated[int, arg(help="windows of each series, or held-out series")] = 5
     horizon: Annotated[int | None, arg(help="times to forecast; as many as the run learned if not given")] = None
     period: Annotated[int | None, arg(help="rows of a season (24 for hours): adds seasonal forecasts")] = None
@@ -63,8 +63,10 @@ class Backtest:
         options = sampling_options(self.overrides, num_steps=self.steps, solver=self.solver)
         with quiet_warnings():
             dataset = data_of(run, self.data_root)
-        horizon = getattr(run.config.method, "horizon", 1) if self.horizon is None else self.horizon
-        cases = cases_of(run.config.data, dataset, self.windows, horizon)
+        longest = dataset.spec.shape[1]
+        horizon = getattr(run.config.method, "horizon", max(1, longest // 3)) if self.horizon is None else self.horizon
+        data = run.config.data if self.data_root is None else run.config.data.replace(root=str(self.data_root))
+        cases = cases_of(data, dataset, self.windows, horizon)
         with quiet_warnings(), sampling_bar("forecasting", not (self.quiet or self.json)) as on_step:
             made = contest(
                 model,

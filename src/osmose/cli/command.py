@@ -8,8 +8,9 @@ import io
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import tyro
@@ -140,6 +141,18 @@ def sampling_options(overrides: dict[str, Any], **flags: Any) -> dict[str, Any]:
         if name in options:
             raise UserError(f"{name}: given twice, as a flag and as {name}={options[name]}")
     return said | options
+
+
+def keep_inputs(written: Sequence[Path | None], *read: Path | None) -> None:
+    """Refuse to write over what is read; what is None is neither.
+
+    Raises:
+        UserError: naming the first file that would be lost.
+    """
+    given = {path.resolve() for path in read if path is not None}
+    for path in written:
+        if path is not None and path.resolve() in given:
+            raise UserError(f"--out: {path} is read here, and would be lost; write elsewhere")
 
 
 def angles(text: str) -> list[float]:

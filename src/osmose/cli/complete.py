@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, Suppress, arg
 
-from osmose.cli.command import Result, quiet_warnings, sampling_options
+from osmose.cli.command import Result, keep_inputs, quiet_warnings, sampling_options
 from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-#: Items in a picture, a row each.
-_ROWS = 12
+#: Items in a picture, a row each, and the colour of what is unknown.
+_ROWS, _TINT = 12, (70, 110, 160)
 
 
 @dataclass
@@ -59,10 +59,11 @@ class Complete:
         suffix = self.out.suffix.lower()
         if suffix not in (*_PICTURES, ".npz"):
             raise UserError(f"--out: {self.out} is not valid: should end in .npz, {', '.join(_PICTURES)}")
+        keep_inputs([self.out], self.file)
         if self.samples < 1:
             raise UserError(f"--samples: {self.samples} is not valid: must be at least 1")
-        if self.keep is not None and not 0 <= self.keep <= 1:
-            raise UserError(f"--keep: {self.keep} is not valid: must be between 0 and 1")
+        if self.keep is not None and not 0 <= self.keep < 1:
+            raise UserError(f"--keep: {self.keep} is not valid: must be at least 0 and below 1")
         model = Run.open(self.model).model(device(self.device))
         options = sampling_options(self.overrides, num_steps=self.steps, solver=self.solver)
         if options.get("at") is not None:
@@ -123,17 +124,21 @@ class Complete:
         return form.some_times(count) if found is None else found
 
     def _draw(self, known: Any, drawn: Any, truth: Any, form: Any) -> None:
-        """A row for each item: what is known, in grey where nothing is, the completions, and the truth if there is."""
+        """A row for each item: what is known, tinted where nothing is, the completions, and the truth if there is."""
         import torch
 
+        from osmose.data.dataset import DataSpec
         from osmose.data.pictures import image_grid
         from osmose.training import files
 
-        assert form.range is not None
-        grey = sum(form.range) / 2
         last = [] if truth is None else [truth[:, None]]
-        rows = torch.cat([torch.where(known.isnan(), grey, known)[:, None], drawn, *last], 1)
-        image = image_grid(rows.flatten(0, 1), form, columns=rows.shape[1])
+        rows = torch.cat([known.nan_to_num()[:, None], drawn, *last], 1)
+        image = image_grid(rows.flatten(0, 1), form, columns=rows.shape[1]).convert("RGB")
+        unknown = torch.zeros(len(rows), rows.shape[1], 1, *known.shape[2:])
+        unknown[:, 0] = known.isnan().any(1, keepdim=True)
+        mask = DataSpec(kind="image", shape=(1, *known.shape[2:]), range=(0, 1))
+        where = image_grid(unknown.flatten(0, 1), mask, columns=rows.shape[1]).point(lambda value: 255 * (value > 200))
+        image.paste(_TINT, mask=where)
         suffix = self.out.suffix.lower()
         with files.replacing(self.out) as temporary:
             image.save(temporary, format="jpeg" if suffix in (".jpg", ".jpeg") else suffix[1:])

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, Suppress, arg
 
-from osmose.cli.command import Result, quiet_warnings, sampling_options
+from osmose.cli.command import Result, keep_inputs, quiet_warnings, sampling_options
 from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
 
@@ -22,7 +22,7 @@ class Forecast:
     of the table --at. Writes a row for each series, time and column, and a fan chart beside it (.png).
     """
 
-    model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder, of dspd or cspd")]
+    model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder of series: dspd, cspd, fdp")]
     history: Annotated[Path | None, arg(metavar="FILE", help="what is known: a .csv or .csv.gz; required")] = None
     horizon: Annotated[int | None, arg(help="times to forecast; as many as the run learned if not given")] = None
     at: Annotated[Path | None, arg(metavar="FILE", help="a table with the times to forecast, for all series")] = None
@@ -56,6 +56,7 @@ class Forecast:
             raise UserError(f"--out: {self.out} is not valid: should end in .csv or .parquet")
         if self.paths is not None and self.paths.suffix.lower() != ".npz":
             raise UserError(f"--paths: {self.paths} is not valid: should end in .npz")
+        keep_inputs([self.out, self.out.with_suffix(".png"), self.paths], self.history, self.at)
         if self.samples < 2:
             raise UserError(f"--samples: {self.samples} is not valid: must be at least 2")
         if self.horizon is not None and self.at is not None:
@@ -67,7 +68,9 @@ class Forecast:
             raise UserError(f"RUN: {self.model} learned from {model.spec.kind}, and forecasts are of series")
         options = sampling_options(self.overrides, num_steps=self.steps, solver=self.solver)
         table = series_of(self.history, form)
-        horizon = getattr(model.config, "horizon", 1) if self.horizon is None else self.horizon
+        horizon = (
+            getattr(model.config, "horizon", max(1, model.spec.shape[1] // 3)) if self.horizon is None else self.horizon
+        )
         if horizon < 1:
             raise UserError(f"--horizon: {horizon} is not valid: must be at least 1")
         given = None if self.at is None else times_in(self.at, form.time_column, form.unit)

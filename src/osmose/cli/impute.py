@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, Suppress, arg
 
-from osmose.cli.command import Result, quiet_warnings, sampling_options
+from osmose.cli.command import Result, keep_inputs, quiet_warnings, sampling_options
 from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
 
@@ -22,7 +22,7 @@ class Impute:
     mean and quantiles (.quantiles.csv), and a picture (.png).
     """
 
-    model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder, of dspd or cspd")]
+    model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder of series: dspd, cspd, fdp")]
     file: Annotated[Positional[Path], arg(metavar="FILE", help="the table: a .csv or .csv.gz")]
     samples: Annotated[int, arg(help="samples of each value")] = 100
     quantiles: Annotated[str | None, arg(metavar="Q,Q,...", help="levels; 0.05,0.25,0.5,0.75,0.95")] = None
@@ -56,8 +56,8 @@ class Impute:
 
         if self.out.suffix.lower() != ".csv":
             raise UserError(f"--out: {self.out} is not valid: should end in .csv")
-        if self.out.resolve() == self.file.resolve():
-            raise UserError(f"--out: {self.out} is FILE itself, and would be lost; write elsewhere")
+        quantiles, chart = self.out.with_suffix(".quantiles.csv"), self.out.with_suffix(".png")
+        keep_inputs([self.out, quantiles, chart], self.file)
         if self.samples < 2:
             raise UserError(f"--samples: {self.samples} is not valid: must be at least 2")
         levels = QUANTILES if self.quantiles is None else read_quantiles(self.quantiles)
@@ -89,7 +89,6 @@ class Impute:
                 )
                 found.append((series.name, filled))
         drawn = [filled.values.isnan() for _, filled in found]
-        quantiles, chart = self.out.with_suffix(".quantiles.csv"), self.out.with_suffix(".png")
         write_filled(self.out, self.file, table, dict(found))
         write_table(quantiles, *quantile_rows(found, form, levels, drawn))
         files.write_bytes(chart, fan_chart(found, form, drawn))
@@ -99,5 +98,4 @@ class Impute:
         return Result(
             values | {"samples": self.samples, "nfe": found[0][1].nfe, "seed": self.seed},
             [first],
-            f"osmose evaluate {self.model}",
         )

@@ -35,6 +35,9 @@ class Info:
         ),
     ] = None
     data_root: Annotated[Path | None, arg(help="folder that holds mnist/, fashion-mnist/ or cifar10/")] = None
+    window: Annotated[int | None, arg(help="of series: windows of so many rows")] = None
+    id_column: Annotated[str | None, arg(help="of series: the column that tells them apart")] = None
+    time_column: Annotated[str | None, arg(help="of series: the column of times; the first")] = None
     shape: Annotated[str | None, arg(help="what a NETWORK is to be for: channels,height,width")] = None
     batch_size: Annotated[int | None, arg(help="items per training step of a NETWORK; 16 if not given")] = None
     json: Annotated[bool, arg(help="print the result as JSON")] = False
@@ -49,6 +52,10 @@ class Info:
         is_run, is_data = Path(self.what).is_dir(), self.what.partition(":")[0] in SOURCES.entries
         if not is_run and not is_data and self.what in NETWORKS.choices:
             return self._network(self.what)
+        of_series = {"--window": self.window, "--id-column": self.id_column, "--time-column": self.time_column}
+        for name, value in of_series.items():
+            if value is not None and not is_data:
+                raise UserError(f"{name}: {value!r} is for data of series, and {self.what} is none")
         told = {"--shape": self.shape, "--batch-size": self.batch_size, **({} if is_data else self.overrides)}
         if not is_run and not is_data:
             raise UserError(
@@ -144,13 +151,17 @@ class Info:
         from osmose.data.dataset import DataConfig
 
         with quiet_warnings():
+            flags = {"window": self.window, "id_column": self.id_column, "time_column": self.time_column}
+            said = {name: value for name, value in flags.items() if value is not None}
             root = {"root": str(self.data_root)} if self.data_root else {}
             try:
-                config = DataConfig.parse({"source": source, **root, **self.overrides})
+                config = DataConfig.parse({"source": source, **root, **said, **self.overrides})
             except ConfigError as error:
                 raise UserError(f"data.{error}") from None
             dataset = config.load()
         identity, spec = dataset.identity, dataset.spec
+        words = "".join(f" --{name.replace('_', '-')} {value}" for name, value in said.items())
+        words += "".join(f" data.{name}={_word(value)}" for name, value in self.overrides.items())
         lines = [
             f"data       {identity.source}",
             f"form       {_form(spec)}",
@@ -162,7 +173,7 @@ class Info:
         return Result(
             {"spec": spec.to_json(), "identity": identity.to_json()},
             lines,
-            f"osmose train {_method_for(dataset.spec, source)} --data {source} --out RUN",
+            f"osmose train {_method_for(dataset.spec, source)} --data {source}{words} --out RUN",
         )
 
 
@@ -174,6 +185,9 @@ def _trained(config: RunConfig, step: int) -> str:
         return f"by {config.method.history()}, {config.training.steps} updates in all, seed {config.seed}"
     if config.method.kind in COMPOSED:
         return "not at all: put together"
+    network = config.method.to_json().get("network")
+    if isinstance(network, dict) and network["kind"] == "experts":
+        return f"in {len(network['parts'])} blocks of {config.training.steps} steps each, seed {config.seed}"
     return f"{step} of {config.training.steps} steps, seed {config.seed}"
 
 

@@ -332,6 +332,8 @@ def load_coordinates(path: Path) -> list[list[float]]:
     Raises:
         UserError: not a readable table of numbers below a header line.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     rows: list[list[float]] = _table(path, str(path), least=1)[1].tolist()
     return rows
 

@@ -105,6 +105,9 @@ def read_table(
             f"{source}: column {time_column!r} holds {'dates' if dated else 'numbers'}; needed are {wanted}"
         )
     ids = np.array([row[place[id_column]].strip() for _, row in rows]) if id_column else np.zeros(len(rows), dtype="U1")
+    if id_column is not None and not bool((ids != "").all()):
+        line = int(lines[(ids == "").nonzero()[0][0]])
+        raise UserError(f"{source}: line {line}, column {id_column!r}: is empty; it tells series apart")
     found = []
     for name in dict.fromkeys(ids.tolist()):
         own = (ids == name).nonzero()[0]
@@ -205,7 +208,7 @@ def _value(source: str, header: Sequence[str], line: int, row: Sequence[str], pl
     if value is None or not math.isfinite(value):
         raise UserError(
             f"{source}: line {line}, column {header[place]!r}: {cell!r} is not a finite number; leave a missing value "
-            "empty"
+            "empty, or name the columns that hold values (--columns)"
         )
     return value
 
@@ -249,7 +252,7 @@ def _unit_of(gaps: np.ndarray) -> str:
 def format_time(time: float, unit: str) -> str:
     """A time as it would stand in a file: a number, or an ISO date."""
     if not unit:
-        return f"{time:.15g}"
+        return f"{time:.13g}"
     moment = datetime(1970, 1, 1) + timedelta(seconds=round(time * UNITS[unit], 3))
     text = moment.isoformat(sep=" ")
     return text.removesuffix(" 00:00:00") if unit == "days" else text

@@ -281,6 +281,8 @@ class Functional(GenerativeModel):
         self._grid(chosen)
         if chosen.at is not None:
             self._require_points(chosen.at)
+            if chosen.resolution is not None:
+                raise UserError("resolution: given with at, whose points take the place of a grid; give one of them")
         return chosen
 
     def _require_points(self, points: tuple[tuple[float, ...], ...]) -> None:
@@ -310,7 +312,7 @@ class Functional(GenerativeModel):
                 f"resolution: {points} is below that of the data, {self.grid[-1]}; draw at theirs and leave points out"
             )
         if self.spec.kind == "series":
-            raise UserError(f"resolution: {points} given, and series have their own times")
+            raise UserError(f"resolution: {points} given, and series have times of their own; take times")
         if not isinstance(self.network, Everywhere):
             raise UserError(
                 f"resolution: {points} is not that of the data, {self.grid[-1]}, and {self.config.network.kind} is "
@@ -327,7 +329,7 @@ class Functional(GenerativeModel):
         assert isinstance(sampling, FunctionalSampling)
         grid, channels = self._grid(sampling), self.spec.shape[0]
         if sampling.at is not None:
-            values = {"kind": "function", "shape": (channels, len(sampling.at))}
+            values = {"kind": "function", "shape": (channels, len(sampling.at)), "levels": None}
             return None, DataSpec.parse(self.spec.to_json() | values)
         return None, self.spec if grid == self.grid else self.spec.replace(shape=(channels, *grid))
 

@@ -364,10 +364,16 @@ class SeriesProcess(GenerativeModel):
         """Refuse what the model has not learned to fill in."""
         task, none = self.config.task, bool((~known.isfinite().flatten(1).any(1)).any())
         if task == "generate" and bool(known.isfinite().any()):
-            raise UserError("known: given, and this run learned with task=generate, to draw whole series")
+            raise UserError(
+                "known: given, and this run learned with task=generate, to draw whole series; forecasts and "
+                "imputations are made by one that learned with forecast, impute or any"
+            )
         if task == "forecast":
             if none:
-                raise UserError("known: nothing is, and this run learned with task=forecast, from what comes before")
+                raise UserError(
+                    "known: nothing is, and this run learned with task=forecast, from what comes before; use osmose "
+                    "forecast, or draw samples without times"
+                )
             longest = int(hidden.any(1).sum(1).max())
             if longest > self.config.horizon:
                 raise UserError(
