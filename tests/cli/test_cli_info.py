@@ -104,7 +104,15 @@ def test_presets_are_networks_to_train(osmose, tmp_path, monkeypatch):
         assert network == {
             **{"kind": "unet", "channels": 8, "mult": [1, 2], "blocks": 2, "block": "residual", "modulation": "add"},
             "time_frequency": 1.0,
-            **{"attention": [4], "heads": 1, "dropout": 0.2, "norm_groups": 32, "group_channels": 4},
+            **{
+                "attention": [4],
+                "heads": 1,
+                "head_width": None,
+                "time_shift": 1,
+                "dropout": 0.2,
+                "norm_groups": 32,
+                "group_channels": 4,
+            },
             **{"norm_eps": 1e-6, "padding": "symmetric"},
         }
 

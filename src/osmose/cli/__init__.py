@@ -46,6 +46,8 @@ COMMANDS = {
     "distill scd": ("osmose.cli.distill:SCD", "teach a run to sample in 1 or 2 steps: a consistency model of its flow"),
     "distill dsno": ("osmose.cli.distill:DSNO", "teach a run to give whole trajectories in one call"),
     "surrogate": ("osmose.cli.surrogate:Surrogate", "let a diffusion finish the rough samples of something cheap"),
+    "export": ("osmose.cli.export:Export", "write a run for diffusers, ONNX or OpenVINO"),
+    "import diffusers": ("osmose.cli.export:ImportDiffusers", "make a run of a folder of diffusers"),
     "study": ("osmose.cli.study:Study", "run a table or figure of a paper again, and check its claims"),
     "info": ("osmose.cli.info:Info", "describe a run, a network or a data set"),
 }

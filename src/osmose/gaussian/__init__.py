@@ -8,6 +8,10 @@ SCHEDULES = Registry(
     "schedule",
     {
         "linear": ("osmose.gaussian.schedule:LinearSchedule", "DDPM: beta from 1e-4 to 0.02 over T steps"),
+        "scaled-linear": (
+            "osmose.gaussian.schedule:ScaledLinearSchedule",
+            "latent diffusion: the root of beta rises, T steps",
+        ),
         "cosine": ("osmose.gaussian.schedule:CosineSchedule", "improved DDPM: squared cosine, T steps"),
         "vp": ("osmose.gaussian.schedule:VPSchedule", "score SDE: a rate from 0.1 to 20, in continuous time"),
         "ve": ("osmose.gaussian.schedule:VarianceExploding", "EDM: x0 plus noise of deviation 0.002 to 80"),

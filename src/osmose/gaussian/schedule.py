@@ -195,6 +195,21 @@ class LinearSchedule(_Tabulated):
         return torch.linspace(self.beta_start * scale, self.beta_end * scale, self.num_steps, dtype=torch.float64)
 
 
+class ScaledLinearSchedule(_Tabulated):
+    """Latent diffusion's (arXiv 2112.10752): the root of beta rises linearly; ends are multiplied as DDPM's.
+
+    It ends with alpha = 0.068, though sampling begins with noise alone.
+    """
+
+    kind: Literal["scaled-linear"] = "scaled-linear"
+    beta_start: float = Field(0.00085, gt=0, lt=1, description="beta_1 at T = 1000")
+    beta_end: float = Field(0.012, gt=0, lt=1, description="beta_T at T = 1000")
+
+    def _betas(self) -> Tensor:
+        low, high = ((beta * 1000 / self.num_steps) ** 0.5 for beta in (self.beta_start, self.beta_end))
+        return torch.linspace(low, high, self.num_steps, dtype=torch.float64) ** 2
+
+
 class CosineSchedule(_Tabulated):
     """Improved DDPM (arXiv 2102.09672, eq. 17): alpha(t)^2 follows a squared cosine; the last beta is clipped."""
 

@@ -145,7 +145,7 @@ class Diffusion(ChainModel):
     def sampling(self, **options: Any) -> SamplingConfig:
         sampling = super().sampling(**options)
         assert isinstance(sampling, GaussianSampling)
-        self._grid(sampling)  # refuses what does not fit the schedule
+        self.grid(sampling)  # refuses what does not fit the schedule
         self._require_variance("solver.variance", sampling.solver.needs_learned_variance)
         if isinstance(sampling, GuidedSampling) and sampling.guidance is not None and not self.config.label_dropout:
             raise UserError(
@@ -266,7 +266,7 @@ class Diffusion(ChainModel):
         self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: Watch
     ) -> tuple[Tensor, int]:
         assert isinstance(sampling, GaussianSampling)
-        grid = self._grid(sampling)
+        grid = self.grid(sampling)
         x = self.noise(draws) * self.schedule.prior_std
         return self._run(x, grid.levels, draws, sampling, self._denoise(sampling, condition), on_step)
 
@@ -278,7 +278,7 @@ class Diffusion(ChainModel):
             step = int(t * total)
             near = " or ".join(f"{k / total:g} (step {k})" for k in (step, step + 1) if k)
             raise UserError(f"t: {t} is not on the grid of the {total} steps of the schedule; take {near}")
-        levels = self._grid(sampling).levels[:-1]
+        levels = self.grid(sampling).levels[:-1]
         for level in levels:
             if level.t <= t + _SAME_TIME:
                 return level
@@ -288,7 +288,7 @@ class Diffusion(ChainModel):
         )
 
     def level_at(self, ratio: float, sampling: GaussianSampling) -> Level[float]:
-        first, total = self._grid(sampling).levels[0], self.schedule.native_steps
+        first, total = self.grid(sampling).levels[0], self.schedule.native_steps
         if ratio * first.alpha >= first.sigma:
             return first
         t = self.schedule.time_of(-2 * math.log(ratio))
@@ -312,7 +312,7 @@ class Diffusion(ChainModel):
         condition: Tensor | None,
         on_step: Watch,
     ) -> tuple[Tensor, int]:
-        levels, start = self._grid(sampling).levels, self.entry(t, sampling)
+        levels, start = self.grid(sampling).levels, self.entry(t, sampling)
         x = noised(x0, self.noise(draws), start)
         levels = levels[levels.index(start) :]
         return self._run(x, levels, draws, sampling, self._denoise(sampling, condition), on_step)
@@ -321,7 +321,7 @@ class Diffusion(ChainModel):
         self, ratio: float, draws: Draws, sampling: GaussianSampling, condition: Tensor | None, on_step: Watch
     ) -> tuple[Tensor, int]:
         last, denoise = self.level_at(ratio, sampling), self._denoise(sampling, condition)
-        levels = (*(level for level in self._grid(sampling).levels[:-1] if level.t > last.t + _SAME_TIME), last)
+        levels = (*(level for level in self.grid(sampling).levels[:-1] if level.t > last.t + _SAME_TIME), last)
         x = self.noise(draws) * self.schedule.prior_std
 
         def one_more(done: int, of: int, state: Tensor | None = None, /) -> None:
@@ -332,7 +332,8 @@ class Diffusion(ChainModel):
         on_step(len(levels), len(levels), x0)
         return x0, denoise.calls
 
-    def _grid(self, sampling: GaussianSampling) -> TimeGrid:
+    def grid(self, sampling: GaussianSampling) -> TimeGrid:
+        """The levels that samples pass through."""
         return TimeGrid.of(self.schedule, sampling.num_steps, sampling.spacing)
 
     def _denoise(self, sampling: GaussianSampling, condition: Tensor | None) -> Conditioned:

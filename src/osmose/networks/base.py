@@ -103,14 +103,14 @@ def coordinates(grid: tuple[int, ...], offset: float) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
 
 
-def sinusoids(label: Tensor, width: int, frequency: float = 1.0) -> Tensor:
-    """Sines and cosines of label * frequency * 10000^(-j / (width/2 - 1)), shape (B, width), sines first.
+def sinusoids(label: Tensor, width: int, frequency: float = 1.0, shift: int = 1) -> Tensor:
+    """Sines and cosines of label * frequency * 10000^(-j / (width/2 - shift)), shape (B, width), sines first.
 
-    With a frequency of 1 this is DDPM's embedding of the step.
+    With a frequency and a shift of 1 this is DDPM's embedding of the step.
     """
     half = width // 2
     frequencies = frequency * torch.exp(
-        torch.arange(half, dtype=torch.float32, device=label.device) * (-math.log(10_000) / max(half - 1, 1))
+        torch.arange(half, dtype=torch.float32, device=label.device) * (-math.log(10_000) / max(half - shift, 1))
     )
     angle = label.float()[:, None] * frequencies
     return torch.cat([angle.sin(), angle.cos()], dim=1)

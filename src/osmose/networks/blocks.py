@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from osmose.errors import UserError
 from osmose.networks.base import factor_and_shift
 from osmose.networks.layers import Conv2d, Linear, affine
 
@@ -224,9 +223,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: UNetConfig, channels: int):
         super().__init__()
-        if channels % config.heads:
-            raise UserError(f"network.heads: {config.heads} does not divide the {channels} channels of a level")
-        self.heads = config.heads
+        self.heads = config.heads_of(channels)
         self.group_norm = Norm(config, channels)
         self.to_q, self.to_k, self.to_v = (Linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([Linear(channels, channels)])

@@ -118,8 +118,8 @@ class DiT(nn.Module):
         shift, scale = self.modulation(told)[:, None].chunk(2, -1)
         h = self.head(self.norm(h) * (1 + scale) + shift)
         patch = self.config.patch
-        h = h.reshape(len(x), rows, columns, self.outputs, patch, patch).permute(0, 3, 1, 4, 2, 5)
-        return h.reshape(len(x), self.outputs, rows * patch, columns * patch)
+        h = h.reshape(x.shape[0], rows, columns, self.outputs, patch, patch).permute(0, 3, 1, 4, 2, 5)
+        return h.reshape(x.shape[0], self.outputs, rows * patch, columns * patch)
 
 
 def _places(rows: int, columns: int, width: int) -> Tensor:

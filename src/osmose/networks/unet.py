@@ -56,6 +56,12 @@ class UNetConfig(NetworkConfig):
     time_frequency: float = Field(1.0, gt=0, description=TIME_FREQUENCY)
     attention: tuple[int, ...] = Field((16,), description="resolutions (larger side, in pixels) with self-attention")
     heads: int = Field(1, ge=1, description="attention heads")
+    head_width: int | None = Field(
+        None, ge=1, description="channels of a head, in place of their number; for foreign weights"
+    )
+    time_shift: Literal[0, 1] = Field(
+        1, description="1: frequencies of the time embedding end at 1/10000, as DDPM's; 0: before, for foreign weights"
+    )
     dropout: float = Field(0.0, ge=0, lt=1)
     norm_groups: int = Field(
         32, ge=1, description="groups of the normalisation; 32 is lowered where it does not divide, others are refused"
@@ -110,6 +116,17 @@ class UNetConfig(NetworkConfig):
         down = [row("down", level, self.blocks, attends[level]) for level in range(len(resolutions))]
         up = [row("up", level, self.blocks + 1, attends[level]) for level in reversed(range(len(resolutions)))]
         return [*down, row("middle", len(resolutions) - 1, 2, True), *up]
+
+    def heads_of(self, channels: int) -> int:
+        """The attention heads of some channels.
+
+        Raises:
+            UserError: heads do not divide the channels.
+        """
+        name, number = ("heads", self.heads) if self.head_width is None else ("head_width", self.head_width)
+        if channels % number:
+            raise UserError(f"network.{name}: {number} does not divide the {channels} channels of a level")
+        return self.heads if self.head_width is None else channels // self.head_width
 
     def resolutions(self, event_shape: tuple[int, ...]) -> list[int]:
         """The larger side of the feature maps at each level.
@@ -233,7 +250,9 @@ class UNet(nn.Module):
                 f"network: built for images {self.event_shape} with one label each; "
                 f"{tuple(x.shape)} with labels {tuple(label.shape)} given"
             )
-        embedding = self.time_embedding(sinusoids(label, self.channels, self.config.time_frequency).to(x.dtype))
+        embedding = self.time_embedding(
+            sinusoids(label, self.channels, self.config.time_frequency, self.config.time_shift).to(x.dtype)
+        )
         if self.class_embedding is not None and condition is not None:
             embedding = embedding + self.class_embedding(condition)
         embedding = F.silu(embedding)  # every block applies SiLU to the same embedding: once is enough
