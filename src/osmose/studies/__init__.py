@@ -71,6 +71,10 @@ STUDIES = Registry(
             "osmose.studies.functional:FunctionalStudy",
             "diffusion of functions: parameters against score, other resolutions, noise that has a limit",
         ),
+        "blocks": (
+            "osmose.studies.blocks:BlocksStudy",
+            "a denoiser in blocks that are trained apart, against training from end to end",
+        ),
         "vlb": ("osmose.studies.vlb:VLB", "the likelihood bound as the loss: gradient noise, bits, samples"),
     },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, lru_cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from osmose.acceleration.blocks import BlocksPlan
 from osmose.acceleration.plan import Plan, plan
 from osmose.acceleration.teaching import taught_config
 from osmose.data.dataset import DataConfig, Dataset
@@ -86,7 +88,7 @@ def tasks_of(
         if cell.method is not None:
             try:
                 if not cell.starts_from:
-                    config = checked(_config(cell, data, dataset, seeds[0]))
+                    config = _config(cell, data, dataset, seeds[0])
             except UserError as error:  # what a configuration calls method.network is network in a cell's changes
                 raise UserError(f"cell {cell.name}: {str(error).removeprefix('method.')}") from None
         sha256 = dataset.identity.sha256
@@ -94,7 +96,9 @@ def tasks_of(
         for seed in seeds:
             if seed_text in ("", str(seed)):
                 uses = tuple(made(used)[seed] for used in cell.uses)
-                own: RunConfig | Plan | None = None if config is None else config.replace(seed=seed)
+                own: RunConfig | Plan | BlocksPlan | None = config
+                if config is not None:
+                    own = config.replace(**{"whole.seed" if isinstance(config, BlocksPlan) else "seed": seed})
                 if cell.starts_from:
                     own = _from_run(cell, uses[0], dataset, seed)
                 found[seed] = Task(name, study.quick, cell, seed, data, sha256, own, folder, device, here, uses)
@@ -109,6 +113,8 @@ def _from_run(cell: Cell, teacher: Task, dataset: Dataset, seed: int) -> Plan | 
     assert cell.method is not None
     assert teacher.config is not None, "cells that use others are checked to use runs"
     known = teacher.config.result() if isinstance(teacher.config, Plan) else teacher.config
+    if isinstance(known, BlocksPlan):
+        known = known.merged()
     said: dict[str, Any] = {f"training.{name}": _NEVER for name in ("validate_every", "preview_every")}
     said |= {"training.precision": "fp32", "training.preview_samples": 1, "training.keep_checkpoints": 1}
     said |= {"seed": seed, **cell.changes}
@@ -121,9 +127,17 @@ def _from_run(cell: Cell, teacher: Task, dataset: Dataset, seed: int) -> Plan | 
         raise UserError(f"cell {cell.name}: {error}") from None
 
 
-def _config(cell: Cell, data: DataConfig, dataset: Dataset, seed: int) -> RunConfig:
+def _config(cell: Cell, data: DataConfig, dataset: Dataset, seed: int) -> RunConfig | BlocksPlan:
     """The recipe with the cell's changes, in float32 on every machine; what serves people is left to the end."""
     assert cell.method is not None
+    if cell.method == "blocks":
+        of_plan = {name.removeprefix("blocks."): v for name, v in cell.changes.items() if name.startswith("blocks.")}
+        others = {name: value for name, value in cell.changes.items() if not name.startswith("blocks.")}
+        whole = _config(replace(cell, method="edm", changes=others), data, dataset, seed)
+        planned = BlocksPlan.parse(of_plan | {"whole": whole.to_json()})
+        for block in range(planned.count):
+            checked(planned.member(block))
+        return planned
     config = recipe(cell.method, data, dataset, seed, cell.changes)
     steps = max(1, config.training.steps)
     quiet = {
@@ -135,7 +149,7 @@ def _config(cell: Cell, data: DataConfig, dataset: Dataset, seed: int) -> RunCon
         "training.precision": "fp32",
     }
     changed: RunConfig = config.replace(**{name: value for name, value in quiet.items() if name not in cell.changes})
-    return changed
+    return checked(changed)
 
 
 @lru_cache(maxsize=4)

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from osmose.acceleration.blocks import Blocks, BlocksPlan
 from osmose.acceleration.distill import Distillation
 from osmose.acceleration.plan import Plan
 from osmose.acceleration.teaching import Teaching
@@ -250,6 +251,11 @@ def _trained(task: Task, dataset: Dataset) -> tuple[Run, int]:
         if not distillation.carry_out(dataset, progress=False):
             raise KeyboardInterrupt
         return distillation.made, 0
+    if isinstance(task.config, BlocksPlan):
+        blocks = Blocks.open(task.run_folder) if begun else Blocks.begin(task.run_folder, task.config)
+        if not blocks.carry_out(dataset, progress=False):
+            raise KeyboardInterrupt
+        return Run.open(task.run_folder), 0
     assert task.config is not None
     if task.cell.starts_from:
         teacher = task.teacher()

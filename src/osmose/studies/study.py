@@ -34,6 +34,7 @@ class Cell:
         name: lower-case letters, digits, `.` and `-`: it names files.
         method: what is trained, or None where nothing is and `measure` needs only the data. Methods that distil have
             the run of the first cell in `uses` for a teacher; `sct` and `ect` begin with its weights, if there is one.
+            `blocks` is edm in blocks, whose plan has the changes that begin with `blocks.`.
         data: as `--data`, or a `DataConfig` without a root.
         changes: dotted overrides of the recipe, as for `recipe` (`{"network.width": 256, "training.steps": 500}`); of a
             distillation, what is said of it, as for `acceleration.distill` (`{"schedule": [64, 8, 1]}`).

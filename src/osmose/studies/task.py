@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from osmose.acceleration.blocks import BlocksPlan
 from osmose.acceleration.plan import Plan
 from osmose.data.dataset import DataConfig
 from osmose.studies.study import Cell
@@ -28,7 +29,7 @@ class Task:
     seed: int
     data: DataConfig
     identity: str
-    config: RunConfig | Plan | None
+    config: RunConfig | Plan | BlocksPlan | None
     folder: Path
     device: torch.device
     commit: str | None
@@ -63,13 +64,16 @@ class Task:
         """Whether its run folder holds a run of another configuration or teacher, or one that was hardly begun."""
         assert self.config is not None, "a cell without a method has no run"
         planned = isinstance(self.config, Plan)
-        path = self.run_folder / ("distillation.json" if planned else "config.json")
+        name = (
+            "distillation.json" if planned else "blocks.json" if isinstance(self.config, BlocksPlan) else "config.json"
+        )
+        path = self.run_folder / name
         if not path.is_file():
             return self.run_folder.exists()
         held = files.read_json(path)
         # Of a teacher that is not there yet, it is asked again once it is.
         here = self.cell.starts_from and (self.uses[0].run_folder / "model.safetensors").is_file()
-        parent = held["teacher" if planned else "parent"] or {}  # none, where the cell once began by itself
+        parent = held.get("teacher" if planned else "parent") or {}  # none, where the cell once began by itself
         other = here and parent.get("sha256") != self.teacher().hash()
         return other or _what(held) != _what(self.config.to_json())
 
