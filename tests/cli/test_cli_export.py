@@ -8,7 +8,13 @@ import pytest
 from safetensors.torch import load_file
 
 SHORT = ["--steps", "2", "--batch-size", "4", "training.validation_items=4", "training.preview_samples=0", "--quiet"]
-UNET = ["network.channels=8", "network.norm_groups=4", "network.group_channels=1"]
+UNET = [
+    "network.mult=[1,2]",
+    "network.attention=[]",
+    "network.channels=8",
+    "network.norm_groups=4",
+    "network.group_channels=1",
+]
 
 pytestmark = pytest.mark.usefixtures("work")
 
