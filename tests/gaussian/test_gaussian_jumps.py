@@ -233,7 +233,7 @@ def heun_pairs(kind):
 def test_a_jump_with_heun_s_estimate_is_a_step_of_heun(kind):
     pairs = heun_pairs(kind)
     loud = [t.sigma > 100 * t.alpha for t, _ in pairs]
-    assert any(loud)
+    assert any(loud) or kind == "scaled-linear"  # which ends with a fifteenth of the data
     assert not all(loud)
     t, s = (batched(side) for side in zip(*pairs, strict=True))
     x = randn(len(pairs), 4) * t.sigma[:, None]

@@ -8,7 +8,8 @@ from osmose.gaussian.parametrization import EDMParametrization, VParametrization
 from osmose.gaussian.schedule import CosineSchedule, VarianceExploding
 from osmose.gaussian.solvers import DDIM, Ancestral, DPMSolverPP2M, Heun
 from osmose.methods import METHODS
-from osmose.methods.diffusion import DDPMConfig, EDMConfig, GaussianSampling
+from osmose.methods.chain import GuidedSampling
+from osmose.methods.diffusion import DDPMConfig, EDMConfig
 from osmose.methods.times import LogNormalTimes, UniformTimes
 from osmose.networks.mlp import MLPConfig
 from osmose.networks.unet import UNetConfig
@@ -20,17 +21,17 @@ CONFIGS = [
         schedule=CosineSchedule(num_steps=4000, offset=0.01),
         parametrization=VParametrization(),
         times=LogNormalTimes(mean=0.5, stratified=True),
-        sampling=GaussianSampling(num_steps=7, solver=Ancestral(variance="fixed_large"), spacing="karras", clip=False),
+        sampling=GuidedSampling(num_steps=7, solver=Ancestral(variance="fixed_large"), spacing="karras", clip=False),
         conditional=True,
     ),
-    DDPMConfig(network=MLPConfig(width=8), sampling=GaussianSampling(solver=DPMSolverPP2M())),
+    DDPMConfig(network=MLPConfig(width=8), sampling=GuidedSampling(solver=DPMSolverPP2M())),
     EDMConfig(network=UNetConfig()),
     EDMConfig(
         network=MLPConfig(),
         schedule=VarianceExploding(sigma_min=0.01, sigma_max=10.0, rho=3.0),
         parametrization=EDMParametrization(sigma_data=0.123),
         times=UniformTimes(),
-        sampling=GaussianSampling(solver=DDIM(eta=0.3)),
+        sampling=GuidedSampling(solver=DDIM(eta=0.3)),
     ),
 ]
 
@@ -67,7 +68,7 @@ def test_the_published_defaults():
     assert edm.schedule == VarianceExploding(sigma_min=0.002, sigma_max=80, rho=7)
     assert edm.parametrization == EDMParametrization(sigma_data=0.5)
     assert edm.times == LogNormalTimes(mean=-1.2, std=1.2)
-    assert edm.sampling == GaussianSampling(num_steps=18, solver=Heun(), spacing="even", clip=False)
+    assert edm.sampling == GuidedSampling(num_steps=18, solver=Heun(), spacing="even", clip=False)
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "iddpm", "edm"])

@@ -600,7 +600,7 @@ def test_the_second_pass_is_told_the_device_whose_random_state_it_repeats(monkey
 
 def refusal_of(objective, times, parametrization, schedule, variance, levels):
     """Part of the line that refuses a combination, one of several where several apply; None for one that works."""
-    continuous = schedule not in ("linear", "cosine")
+    continuous = schedule not in ("linear", "scaled-linear", "cosine")
     bound = objective in ("vlb", "hybrid")
     reasons = [
         ("'eps' cannot recover x0 at t = 1", parametrization == "eps" and schedule in ("trig", "straight")),
@@ -623,7 +623,9 @@ def test_every_combination_takes_a_step_or_is_refused_in_one_line(objective, tim
         parts = {
             "network": MLPConfig(width=8, depth=1),
             "parametrization": parametrization,
-            "schedule": {"kind": schedule, "num_steps": T} if schedule in ("linear", "cosine") else schedule,
+            "schedule": {"kind": schedule, "num_steps": T}
+            if schedule in ("linear", "scaled-linear", "cosine")
+            else schedule,
             "times": times,
             "variance": variance,
             "objective": tilted("iwae", 2) if objective == "iwae" else objective,

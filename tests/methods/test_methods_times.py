@@ -371,7 +371,7 @@ def test_a_continuous_schedule_is_refused_by_name_with_those_that_have_steps():
         "use schedule linear or cosine, or times uniform or log-normal"
     )
     discrete = {kind for kind in SCHEDULES.entries if SCHEDULES.resolve(kind)().native_steps}
-    assert discrete == {"linear", "cosine"}
+    assert discrete == {"linear", "scaled-linear", "cosine"}
     assert set(TIME_SAMPLERS.entries) == {"uniform", "log-normal", "loss-aware"}
     with pytest.raises(UserError, match="remembers losses step by step, and schedule 'straight' is continuous"):
         DDPMConfig(network=MLPConfig(), schedule="straight", parametrization="v", times="loss-aware").build(

@@ -68,7 +68,7 @@ def _verb(words: list[str]) -> str | None:
     """The command that the first word names, or the first two (`analyze likelihood`); None where help is wanted."""
     pairs = [verb for verb in COMMANDS if verb.split()[0] == words[0]]
     given = " ".join(words[:2])
-    if words[0] in COMMANDS:  # `train`, unless it is `train blocks`
+    if words[0] in COMMANDS and " " not in words[0]:  # `train`, unless it is `train blocks`
         return given if given in COMMANDS else words[0]
     if not pairs:
         raise UserError(f"unknown command {words[0]!r}; {nearest(words[0], COMMANDS)}")

@@ -23,7 +23,7 @@ from osmose.errors import UserError
 from osmose.gaussian.draws import Draws, SampleDraws, seeded
 from osmose.gaussian.schedule import CLEAN, Level
 from osmose.methods.base import GenerativeModel, MethodChoice, MethodConfig, SamplingConfig
-from osmose.methods.chain import ChainModel, GaussianSampling
+from osmose.methods.chain import ChainModel, GuidedSampling
 from osmose.methods.messages import Batch, LossTerms, Watch
 
 
@@ -61,7 +61,7 @@ class Rough(nn.Module, ABC):
 
     @abstractmethod
     def draw(
-        self, draws: Draws, level: Level[float], sampling: GaussianSampling, condition: Tensor | None, on_step: Watch
+        self, draws: Draws, level: Level[float], sampling: GuidedSampling, condition: Tensor | None, on_step: Watch
     ) -> tuple[Tensor, int]:
         """Rough samples in the chain's model units, and the network evaluations spent on each.
 
@@ -80,7 +80,7 @@ class Rough(nn.Module, ABC):
             UserError: naming the option.
         """
 
-    def left_at(self, level: Level[float], sampling: GaussianSampling) -> Level[float] | None:  # noqa: ARG002
+    def left_at(self, level: Level[float], sampling: GuidedSampling) -> Level[float] | None:  # noqa: ARG002
         """The level at which a chain of its own is left, to be entered at `level` by the other; None without one."""
         return None
 
@@ -108,7 +108,7 @@ class _Run(Rough):
         self,
         draws: Draws,
         level: Level[float],  # noqa: ARG002
-        sampling: GaussianSampling,  # noqa: ARG002
+        sampling: GuidedSampling,  # noqa: ARG002
         condition: Tensor | None,
         on_step: Watch,
     ) -> tuple[Tensor, int]:
@@ -152,7 +152,7 @@ class _LowResolution(Rough):
         self.model, self.factor = model, factor
 
     def draw(
-        self, draws: Draws, level: Level[float], sampling: GaussianSampling, condition: Tensor | None, on_step: Watch
+        self, draws: Draws, level: Level[float], sampling: GuidedSampling, condition: Tensor | None, on_step: Watch
     ) -> tuple[Tensor, int]:
         if level.sigma == 0:
             x0, nfe = self.model.generate(draws, sampling, condition, on_step)
@@ -164,7 +164,7 @@ class _LowResolution(Rough):
         """Noise-to-signal ratio of the small chain that matches a level of the large one."""
         return level.sigma / level.alpha / self.factor if level.alpha > 0 else float("inf")
 
-    def left_at(self, level: Level[float], sampling: GaussianSampling) -> Level[float]:
+    def left_at(self, level: Level[float], sampling: GuidedSampling) -> Level[float]:
         return self.model.level_at(self.ratio(level), sampling)
 
     def check(self, **options: Any) -> None:
@@ -194,7 +194,7 @@ class _Stored(Rough):
         self,
         draws: Draws,
         level: Level[float],  # noqa: ARG002
-        sampling: GaussianSampling,  # noqa: ARG002
+        sampling: GuidedSampling,  # noqa: ARG002
         condition: Tensor | None,  # noqa: ARG002
         on_step: Watch,  # noqa: ARG002
     ) -> tuple[Tensor, int]:
@@ -218,7 +218,7 @@ def _parse_source(value: Any) -> Any:
     return SOURCES[kind].parse(value)
 
 
-class SurrogateSampling(GaussianSampling):
+class SurrogateSampling(GuidedSampling):
     """Where the chain is entered, and how it is run."""
 
     t_mid: float = Field(1.0, ge=0, le=1, description="time at which the chain is entered; 0: not at all, 1: whole")

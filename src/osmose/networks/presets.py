@@ -22,7 +22,7 @@ PRESETS: dict[str, tuple[dict[str, Any], str]] = {
         "IDDPM's model of CIFAR-10: 52.5 million parameters",
     ),
     "dit-s2": ({"kind": "dit", "width": 384, "depth": 12, "heads": 6}, "DiT-S/2: 32.5 million parameters"),
-    "dit-l2": ({"kind": "dit", "width": 1024, "depth": 24, "heads": 16}, "DiT-L/2: 458 million parameters"),
+    "dit-l2": ({"kind": "dit", "width": 1024, "depth": 24, "heads": 16}, "DiT-L/2: 457.6 million parameters"),
     "unet-28": (
         {"kind": "unet", "channels": 32, "mult": (1, 2, 2), "blocks": 2, "attention": (14,)},
         "a small UNet for 28x28 images: 1.6 million parameters",
