@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from osmose.acceleration.blocks import Blocks, BlocksPlan, merge
+from osmose.acceleration.blocks import Blocks, merge
+from osmose.acceleration.blocks_plan import BlocksPlan
 from osmose.analysis.memory import peak_bytes
 from osmose.configuration import ConfigError
 from osmose.data.dataset import DataConfig

@@ -11,25 +11,9 @@ from osmose.data.dataset import DataConfig
 from osmose.errors import UserError
 from osmose.gaussian.draws import SampleDraws
 from osmose.interop.diffusers import export, load
-from osmose.training.recipes import recipe
-from osmose.training.run import Run
-from osmose.training.trainer import built
 
 DIGITS = DataConfig(source="digits")
 SMALL = {"network.channels": 8, "network.norm_groups": 4, "network.group_channels": 1}
-
-
-def made(folder, method="ddpm", **changes):
-    """A run with weights of chance."""
-    run = Run.create(folder, recipe(method, DIGITS, DIGITS.load(), 0, SMALL | changes))
-    model = built(run.config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    run.write_weights(model.state_dict())
-    return run
-
-
 CASES = {
     "eps": ("ddpm", {}),
     "classes": ("ddpm", {"conditional": True, "parametrization": "v", "schedule": "cosine"}),
@@ -40,9 +24,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_comes_back_as_it_went(tmp_path, case):
+def test_a_run_comes_back_as_it_went(tmp_path, made, case):
     method, changes = CASES[case]
-    run = made(tmp_path / "run", method, **changes)
+    run = made(tmp_path / "run", method, SMALL | changes)
     export(run, tmp_path / "folder")
     back = load(tmp_path / "folder", DIGITS, tmp_path / "back")
     one, other = run.model(), back.model()
@@ -54,10 +38,10 @@ def test_a_run_comes_back_as_it_went(tmp_path, case):
 
 
 @pytest.mark.parametrize("case", ["eps", "classes", "x0"])
-def test_pipelines_of_diffusers_draw_the_same_samples_from_the_same_noise(tmp_path, case):
+def test_pipelines_of_diffusers_draw_the_same_samples_from_the_same_noise(tmp_path, made, case):
     diffusers = pytest.importorskip("diffusers")
     method, changes = CASES[case]
-    run = made(tmp_path / "run", method, **changes)
+    run = made(tmp_path / "run", method, SMALL | changes)
     export(run, tmp_path / "folder")
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "folder")
     model = run.model()
@@ -77,9 +61,9 @@ def test_pipelines_of_diffusers_draw_the_same_samples_from_the_same_noise(tmp_pa
     torch.testing.assert_close(ours, x, rtol=0, atol=1e-4)
 
 
-def test_the_ancestral_chain_is_that_of_ddpm(tmp_path, monkeypatch):
+def test_the_ancestral_chain_is_that_of_ddpm(tmp_path, made, monkeypatch):
     diffusers = pytest.importorskip("diffusers")
-    run = made(tmp_path / "run")
+    run = made(tmp_path / "run", "ddpm", SMALL)
     export(run, tmp_path / "folder")
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "folder")
     model, scheduler = run.model(), pipeline.scheduler
@@ -144,16 +128,16 @@ def test_networks_of_diffusers_with_its_own_embedding_of_time(tmp_path):
         ("ddpm", {"network.modulation": "double-norm"}, r"network.modulation: double-norm has no form"),
     ],
 )
-def test_runs_that_have_no_form_there(tmp_path, method, changes, message):
+def test_runs_that_have_no_form_there(tmp_path, made, method, changes, message):
     with pytest.raises(UserError, match=message):
-        export(made(tmp_path / "run", method, **changes), tmp_path / "folder")
+        export(made(tmp_path / "run", method, SMALL | changes), tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, made):
     place = tmp_path_factory.mktemp("exported")
-    return export(made(place / "run"), place / "folder")
+    return export(made(place / "run", "ddpm", SMALL), place / "folder")
 
 
 @pytest.mark.parametrize(

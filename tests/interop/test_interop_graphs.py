@@ -10,9 +10,6 @@ from osmose.data.dataset import DataConfig
 from osmose.errors import UserError
 from osmose.gaussian.draws import SampleDraws
 from osmose.interop.graphs import export
-from osmose.training.recipes import recipe
-from osmose.training.run import Run
-from osmose.training.trainer import built
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -23,16 +20,6 @@ NETWORKS = {
     "dit": {"network": "dit", "network.width": 16, "network.depth": 2},
     "mlp": {"network": "mlp", "network.width": 16, "network.depth": 1},
 }
-
-
-def made(folder, method, name):
-    run = Run.create(folder, recipe(method, DIGITS, DIGITS.load(), 0, NETWORKS[name]))
-    model = built(run.config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    run.write_weights(model.state_dict())
-    return run
 
 
 def runner(graph, target):
@@ -52,8 +39,8 @@ def runner(graph, target):
     ("method", "name", "target"),
     [("ddpm", "unet", "onnx"), ("edm", "dit", "openvino"), ("edm", "mlp", "onnx")],
 )
-def test_a_loop_of_ten_lines_draws_the_samples_of_the_run(tmp_path, method, name, target):
-    run = made(tmp_path / "run", method, name)
+def test_a_loop_of_ten_lines_draws_the_samples_of_the_run(tmp_path, made, method, name, target):
+    run = made(tmp_path / "run", method, NETWORKS[name])
     graph = export(run, tmp_path / "graph", target, num_steps=6)
     network, s = runner(graph, target), json.loads((tmp_path / "graph" / "sampler.json").read_text())
     model = run.model()
@@ -75,22 +62,18 @@ def test_a_loop_of_ten_lines_draws_the_samples_of_the_run(tmp_path, method, name
         np.testing.assert_allclose(x, ours.numpy(), rtol=0, atol=2e-4)
 
 
-def test_what_has_no_graph(tmp_path):
-    config = recipe("edm", DIGITS, DIGITS.load(), 0, {"network": "implicit", "network.width": 8})
-    run = Run.create(tmp_path / "run", config)
-    run.write_weights(built(config).state_dict())
-    with pytest.raises(UserError, match="network: implicit has no graph here; unet, dit, uvit and mlp have"):
+def test_what_has_no_graph(tmp_path, made):
+    run = made(tmp_path / "run", "edm", {"network": "implicit", "network.width": 8})
+    with pytest.raises(UserError, match="network: implicit has no graph here; unet, dit, uvit, mlp have"):
         export(run, tmp_path / "graph", "onnx")
-    other = recipe("gaussian", DIGITS, DIGITS.load(), 0, {})
-    run = Run.create(tmp_path / "other", other)
-    run.write_weights(built(other).state_dict())
+    run = made(tmp_path / "other", "gaussian", {})
     with pytest.raises(UserError, match="is a run of gaussian; those of ddpm, iddpm and edm are graphs"):
         export(run, tmp_path / "graph", "onnx")
     assert not (tmp_path / "graph").exists()
 
 
-def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
-    run = made(tmp_path / "run", "edm", "mlp")
+def test_what_is_not_installed_is_named(tmp_path, made, monkeypatch):
+    run = made(tmp_path / "run", "edm", NETWORKS["mlp"])
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"--to openvino: needs onnx; install it with: pip install 'osmose\[export\]'"):
         export(run, tmp_path / "graph", "openvino")

@@ -6,6 +6,7 @@ import torch
 from osmose.configuration import ConfigError
 from osmose.errors import UserError
 from osmose.networks import NETWORKS
+from osmose.networks.base import StackConfig
 from osmose.networks.dit import DiTConfig
 from osmose.networks.experts import ExpertsConfig
 from osmose.networks.mlp import MLPConfig
@@ -96,9 +97,10 @@ def test_what_a_dit_is_not_for():
         built()(values(2, 1, 4, 4), LABELS)
 
 
-def test_stacks_know_their_layers():
-    assert (DiTConfig(depth=7).layers, MLPConfig(depth=4).layers, NETWORKS.parse("unet").layers) == (7, 4, None)
-    assert DiTConfig(width=32, depth=7).with_layers(3) == DiTConfig(width=32, depth=3)
+def test_what_is_a_stack():
+    stacks = {name for name in ("dit", "mlp", "unet", "uvit") if isinstance(NETWORKS.parse(name), StackConfig)}
+    assert stacks == {"dit", "mlp"}
+    assert DiTConfig(width=32, depth=7).replace(depth=3) == DiTConfig(width=32, depth=3)
 
 
 # --- experts --------------------------------------------------------------------------------------------------------

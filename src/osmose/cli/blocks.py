@@ -39,7 +39,8 @@ class TrainBlocks(Train):
     only: Annotated[str | None, arg(metavar="B,B,...", help="blocks to train here, counted from 0; all")] = None
 
     def _start(self, out: Path) -> Result:
-        from osmose.acceleration.blocks import Blocks, BlocksPlan
+        from osmose.acceleration.blocks import Blocks
+        from osmose.acceleration.blocks_plan import BlocksPlan
         from osmose.configuration import ConfigError
         from osmose.training.run import require_free
 

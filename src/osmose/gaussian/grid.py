@@ -30,7 +30,8 @@ from osmose.gaussian.schedule import CLEAN, Level, Schedule
 
 Spacing = Literal["even", "leading", "trailing", "quadratic", "log-snr", "karras", "equal-mass"]
 _KARRAS_RHO = 7.0
-_LAW_MEAN, _LAW_STD = -1.2, 1.2
+#: EDM's law of training noise: log(sigma / alpha) is normal with this mean and deviation.
+LAW_MEAN, LAW_STD = -1.2, 1.2
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,10 @@ def _continuous(schedule: Schedule, num_steps: int, spacing: Spacing) -> Tensor:
     if spacing == "log-snr":
         log_snr = torch.linspace(low, high, num_steps, dtype=torch.float64)
     elif spacing == "equal-mass":
-        ends = (torch.tensor([low, high], dtype=torch.float64) / -2 - _LAW_MEAN) / _LAW_STD
+        ends = (torch.tensor([low, high], dtype=torch.float64) / -2 - LAW_MEAN) / LAW_STD
         first_share, last_share = torch.special.ndtr(ends).tolist()
         share = torch.linspace(first_share, last_share, num_steps, dtype=torch.float64)
-        log_snr = -2 * (_LAW_MEAN + _LAW_STD * torch.special.ndtri(share))
+        log_snr = -2 * (LAW_MEAN + LAW_STD * torch.special.ndtri(share))
     else:
         ratio = torch.tensor([low, high], dtype=torch.float64).div(-2 * _KARRAS_RHO).exp()
         root = torch.linspace(float(ratio[0]), float(ratio[1]), num_steps, dtype=torch.float64)

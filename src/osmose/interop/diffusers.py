@@ -15,7 +15,6 @@ and frequencies that end a step before 1/10000 (`network.time_shift=0`).
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +120,10 @@ def _unet(run: Run) -> dict[str, Any]:
             f"network.norm_groups: levels have {', '.join(map(str, sorted(groups)))} groups, and in diffusers all have "
             f"the same number; train with network.norm_groups={min(groups)}"
         )
-    heads = {network.heads_of(width) for width, there in zip(widths, attends, strict=True) if there}
-    heads.add(network.heads_of(widths[-1]))
-    width_of_head = {
-        width // network.heads_of(width)
-        for width, there in zip(widths, [*attends[:-1], True], strict=True)  # the middle always attends
-        if there
-    }
-    if len(width_of_head) > 1 and heads != {1}:
+    attending = [width for width, there in zip(widths, attends, strict=True) if there] + [widths[-1]]  # and the middle
+    head_widths = {width // network.heads_of(width) for width in attending}
+    single = all(network.heads_of(width) == 1 for width in attending)
+    if len(head_widths) > 1 and not single:
         raise UserError("network.heads: diffusers fixes the width of a head, which differs between levels here")
     classes = spec.num_classes if method.conditional else None
     outputs = 2 if method.variance == "learned_range" else 1
@@ -141,7 +136,7 @@ def _unet(run: Run) -> dict[str, Any]:
         "layers_per_block": network.blocks,
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
-        "attention_head_dim": None if heads == {1} else width_of_head.pop(),
+        "attention_head_dim": None if single else head_widths.pop(),
         "norm_num_groups": groups.pop(),
         "attn_norm_num_groups": network.groups(widths[-1]),
         "norm_eps": network.norm_eps,
@@ -287,8 +282,6 @@ def _network(unet: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
     sides = tuple(shape[1:]) if size is None else (size, size) if isinstance(size, int) else tuple(size)
     if sides != tuple(shape[1:]):
         raise UserError(f"--data: images of {shape[1:]}, and sample_size is {size}")
-    if len(set(resolutions)) < len(resolutions) or any(b >= a for a, b in pairwise(resolutions)):
-        raise UserError(f"down_block_types: {len(kinds)} levels are too many for images of {shape[1:]}")
     return {
         "kind": "unet",
         "channels": widths[0],

@@ -33,6 +33,10 @@ Target = Literal["onnx", "openvino"]
 _NEEDED = {"onnx": ("onnx", "onnxscript"), "openvino": ("onnx", "onnxscript", "openvino")}
 
 
+#: Networks whose computation does not depend on the values they are given, as that of others does.
+_GRAPHS = ("unet", "dit", "uvit", "mlp")
+
+
 class _Called(nn.Module):
     """A network as it is called from outside."""
 
@@ -71,6 +75,8 @@ def export(run: Run, folder: Path | str, target: Target, num_steps: int | None =
         raise UserError(
             f"RUN: {run.folder} is a run of {run.config.method.kind}; those of ddpm, iddpm and edm are graphs"
         )
+    if model.config.network.kind not in _GRAPHS:
+        raise UserError(f"network: {model.config.network.kind} has no graph here; {', '.join(_GRAPHS)} have")
     sampler = sampler_of(model, num_steps)
     conditional = model.config.conditional
     network = _Called(model.denoiser.network, conditional).eval()
@@ -83,11 +89,7 @@ def export(run: Run, folder: Path | str, target: Target, num_steps: int | None =
         temporary.mkdir(parents=True)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            try:
-                name = _write(network, tuple(example), names, temporary, target)
-            except (RuntimeError, NotImplementedError):
-                kind = model.config.network.kind
-                raise UserError(f"network: {kind} has no graph here; unet, dit, uvit and mlp have") from None
+            name = _write(network, tuple(example), names, temporary, target)
         files.write_json(temporary / "sampler.json", sampler)
     return folder / name
 

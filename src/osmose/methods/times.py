@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from osmose.configuration import Config, ConfigError
 from osmose.errors import UserError
 from osmose.gaussian.draws import Draws
+from osmose.gaussian.grid import LAW_MEAN, LAW_STD
 from osmose.gaussian.schedule import Schedule
 from osmose.methods import TIME_SAMPLERS
 
@@ -112,8 +113,8 @@ class LogNormalTimes(TimeSamplerConfig):
     """log(sigma / alpha) ~ N(mean, std^2) (EDM, arXiv 2206.00364, table 1), limited to the schedule's range."""
 
     kind: Literal["log-normal"] = "log-normal"
-    mean: float = -1.2
-    std: float = Field(1.2, gt=0)
+    mean: float = LAW_MEAN
+    std: float = Field(LAW_STD, gt=0)
     lowest: float | None = Field(None, gt=0, description="smallest sigma / alpha that is drawn; no limit if not given")
     highest: float | None = Field(None, gt=0, description="largest; the law between the two is as it is without them")
 

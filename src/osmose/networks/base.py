@@ -47,15 +47,6 @@ class NetworkConfig(Config, ABC):
             UserError: the configuration does not fit the shape; the message says what would.
         """
 
-    @property
-    def layers(self) -> int | None:
-        """How many layers it has, where it is a stack of residual layers of one width; None for others."""
-        return None
-
-    def with_layers(self, count: int) -> NetworkConfig:
-        """The same stack with so many layers; of those alone that have `layers`."""
-        raise NotImplementedError(f"{self.kind} is no stack of layers")
-
     def table(self, event_shape: tuple[int, ...]) -> list[dict[str, Any]]:  # noqa: ARG002
         """The parts of a network for events of a shape in the order of the computation, for people to look at.
 
@@ -65,6 +56,12 @@ class NetworkConfig(Config, ABC):
             UserError: the configuration does not fit the shape.
         """
         return []
+
+
+class StackConfig(NetworkConfig, ABC):
+    """A stack of residual layers of one width: any number of them is a network of the same kind."""
+
+    depth: int
 
 
 class Noting(ABC):

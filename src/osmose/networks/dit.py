@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from osmose.configuration import ConfigError
 from osmose.errors import UserError
-from osmose.networks.base import TIME_FREQUENCY, NetworkConfig, coordinates, near_zero_, sinusoids
+from osmose.networks.base import TIME_FREQUENCY, StackConfig, coordinates, near_zero_, sinusoids
 from osmose.networks.layers import Classes, Conv2d, Linear
 
 
-class DiTConfig(NetworkConfig):
+class DiTConfig(StackConfig):
     """Transformer over patches of images."""
 
     kind: Literal["dit"] = "dit"
@@ -37,14 +37,6 @@ class DiTConfig(NetworkConfig):
         if self.width % (4 * self.heads):
             raise ConfigError("width", f"{self.width} is not valid: a multiple of {4 * self.heads}, four times heads")
         return self
-
-    @property
-    def layers(self) -> int | None:
-        return self.depth
-
-    def with_layers(self, count: int) -> DiTConfig:
-        shorter: DiTConfig = self.replace(depth=count)
-        return shorter
 
     def build(self, event_shape: tuple[int, ...], *, num_classes: int | None = None, num_outputs: int = 1) -> nn.Module:
         return DiT(self, event_shape, num_classes, num_outputs)

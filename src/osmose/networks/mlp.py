@@ -16,7 +16,7 @@ from osmose.networks.base import (
     MODULATION,
     TIME_FREQUENCY,
     Modulation,
-    NetworkConfig,
+    StackConfig,
     factor_and_shift,
     followers,
     near_zero_,
@@ -26,7 +26,7 @@ from osmose.networks.calibration import Calibration
 from osmose.networks.layers import Classes, Linear
 
 
-class MLPConfig(NetworkConfig):
+class MLPConfig(StackConfig):
     """Residual MLP: `depth` blocks of two layers of `width` units, each of which sees the label's embedding."""
 
     kind: Literal["mlp"] = "mlp"
@@ -38,14 +38,6 @@ class MLPConfig(NetworkConfig):
     linear: bool = Field(
         False, description="learn what is left of the best linear prediction, which is fitted to the data's moments"
     )
-
-    @property
-    def layers(self) -> int | None:
-        return self.depth
-
-    def with_layers(self, count: int) -> MLPConfig:
-        shorter: MLPConfig = self.replace(depth=count)
-        return shorter
 
     def build(self, event_shape: tuple[int, ...], *, num_classes: int | None = None, num_outputs: int = 1) -> nn.Module:
         return MLP(self, event_shape, num_classes, num_outputs)

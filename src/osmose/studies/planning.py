@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from osmose.acceleration.blocks import BlocksPlan
+from osmose.acceleration.blocks_plan import BlocksPlan
 from osmose.acceleration.plan import Plan, plan
 from osmose.acceleration.teaching import taught_config
 from osmose.data.dataset import DataConfig, Dataset

@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 
-from osmose.acceleration.blocks import Blocks, BlocksPlan
+from osmose.acceleration.blocks import Blocks
+from osmose.acceleration.blocks_plan import BlocksPlan
 from osmose.acceleration.distill import Distillation
 from osmose.acceleration.plan import Plan
 from osmose.acceleration.teaching import Teaching
