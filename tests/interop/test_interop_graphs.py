@@ -66,6 +66,9 @@ def test_what_has_no_graph(tmp_path, made):
     run = made(tmp_path / "run", "edm", {"network": "implicit", "network.width": 8})
     with pytest.raises(UserError, match="network: implicit has no graph here; unet, dit, uvit, mlp have"):
         export(run, tmp_path / "graph", "onnx")
+    run = made(tmp_path / "linear", "edm", NETWORKS["mlp"] | {"network.linear": True})
+    with pytest.raises(UserError, match=r"network.linear: true has no graph here; train with network.linear=false"):
+        export(run, tmp_path / "graph", "onnx")
     run = made(tmp_path / "other", "gaussian", {})
     with pytest.raises(UserError, match="is a run of gaussian; those of ddpm, iddpm and edm are graphs"):
         export(run, tmp_path / "graph", "onnx")

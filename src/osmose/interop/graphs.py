@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from osmose.errors import UserError
 from osmose.methods.chain import GaussianSampling
 from osmose.methods.diffusion import Diffusion
+from osmose.networks.calibration import calibrations
 from osmose.training import files
 from osmose.training.run import Run, require_free
 
@@ -77,6 +78,8 @@ def export(run: Run, folder: Path | str, target: Target, num_steps: int | None =
         )
     if model.config.network.kind not in _GRAPHS:
         raise UserError(f"network: {model.config.network.kind} has no graph here; {', '.join(_GRAPHS)} have")
+    if calibrations(model.denoiser.network):  # found by looking up the label of each item
+        raise UserError("network.linear: true has no graph here; train with network.linear=false")
     sampler = sampler_of(model, num_steps)
     conditional = model.config.conditional
     network = _Called(model.denoiser.network, conditional).eval()
