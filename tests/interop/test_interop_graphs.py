@@ -64,7 +64,7 @@ def test_a_loop_of_ten_lines_draws_the_samples_of_the_run(tmp_path, made, method
 
 def test_what_has_no_graph(tmp_path, made):
     run = made(tmp_path / "run", "edm", {"network": "implicit", "network.width": 8})
-    with pytest.raises(UserError, match="network: implicit has no graph here; unet, dit, uvit, mlp have"):
+    with pytest.raises(UserError, match="network: a Implicit has no graph here; UNet, DiT, UViT, MLP have"):
         export(run, tmp_path / "graph", "onnx")
     run = made(tmp_path / "linear", "edm", NETWORKS["mlp"] | {"network.linear": True})
     with pytest.raises(UserError, match=r"network.linear: true has no graph here; train with network.linear=false"):

@@ -45,6 +45,10 @@ COMMANDS = {
     ),
     "distill scd": ("osmose.cli.distill:SCD", "teach a run to sample in 1 or 2 steps: a consistency model of its flow"),
     "distill dsno": ("osmose.cli.distill:DSNO", "teach a run to give whole trajectories in one call"),
+    "quantize": (
+        "osmose.cli.quantize:Quantize",
+        "make a run compute in 8-bit integers or bf16, all of it or most steps",
+    ),
     "surrogate": ("osmose.cli.surrogate:Surrogate", "let a diffusion finish the rough samples of something cheap"),
     "export": ("osmose.cli.export:Export", "write a run for diffusers, ONNX or OpenVINO"),
     "import diffusers": ("osmose.cli.export:ImportDiffusers", "make a run of a folder of diffusers"),

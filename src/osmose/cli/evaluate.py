@@ -58,6 +58,9 @@ class Evaluate:
     seed: Annotated[int, arg(help="of the samples and of the metrics")] = 0
     batch_size: Annotated[int | None, arg(help="samples computed together")] = None
     device: Annotated[str, arg(help="cpu, cuda or mps; auto takes the fastest there is")] = "auto"
+    runtime: Annotated[
+        str, arg(help="torch or openvino (faster on CPUs); auto is openvino for quantized runs, else torch")
+    ] = "auto"
     threads: Annotated[int | None, arg(help="CPU threads; all cores if not given")] = None
     quiet: Annotated[bool, arg(help="no progress")] = False
     json: Annotated[bool, arg(help="print the result as JSON")] = False
@@ -92,14 +95,14 @@ class Evaluate:
             return self._file(features, names) if self.model is None else self._run(self.model, features, names)
 
     def _run(self, folder: Path, features: Any, names: list[str] | None) -> Result:
-        from osmose.cli.devices import device
+        from osmose.cli.devices import where
         from osmose.metrics.evaluate import table
         from osmose.metrics.evaluation import evaluate_run, record
         from osmose.metrics.pairing import Pair
         from osmose.training.run import Run
 
         run = Run.open(folder)
-        model = run.model(device(self.device))
+        model = run.model(*where(self.device, self.runtime))
         steps = _numbers(self.steps) if self.steps else self._all_steps(model)
         mids = None if self.t_mid is None else angles(self.t_mid)
         ways = [sampling_options(self.overrides, num_steps=n, solver=self.solver, t_mid=mids) for n in steps]

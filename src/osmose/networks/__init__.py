@@ -26,6 +26,11 @@ NETWORKS = Registry(
             "osmose.networks.experts:ExpertsConfig",
             "networks that share the noise levels among them, as osmose train blocks makes them",
         ),
+        "quantized": (
+            "osmose.networks.quantized:QuantizedConfig",
+            "a network with layers of integers, as osmose quantize makes them",
+        ),
+        "bf16": ("osmose.networks.quantized:BF16Config", "a network in bf16, as osmose quantize makes them"),
         "implicit": (
             "osmose.networks.implicit:ImplicitConfig",
             "coordinate MLP that is fitted to each noisy input by a few gradient steps; small and slow",

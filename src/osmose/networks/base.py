@@ -76,6 +76,14 @@ class Noting(ABC):
         """What people should know of these numbers, in one line; None where all is well. Does not begin anew."""
 
 
+class Joining(ABC):
+    """A module some of whose layers have an input that is joined from several parts, along its channels."""
+
+    @abstractmethod
+    def joined(self) -> dict[str, tuple[int, ...]]:
+        """Channels of the parts, by the name of the layer in this module."""
+
+
 class Everywhere:
     """A network of values at points, which it knows by their coordinates: it takes events on other grids as well.
 

@@ -6,7 +6,6 @@ Blocks are called as block(x, embedding): x (B, C, H, W) and the embedding of ti
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from osmose.networks.base import factor_and_shift
-from osmose.networks.layers import Conv2d, Linear, affine
+from osmose.networks.layers import Conv2d, DoublingConv2d, Linear
 
 if TYPE_CHECKING:
     from osmose.networks.unet import UNetConfig
@@ -262,19 +261,15 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling by 2 and a 3x3 convolution, as one transposed convolution."""
+    """Nearest-neighbour upsampling by 2 and a 3x3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = Conv2d(channels, channels, 3, padding=1)
+        self.conv = DoublingConv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # An output pixel of even index sees two input rows with weights (w0, w1 + w2), one of odd index (w0 + w1, w2).
-        weight = self.conv.weight
-        a, b, c = weight.unbind(2)
-        a, b, c = torch.stack([c, b + c, a + b, a], 2).unbind(3)
-        kernel = torch.stack([c, b + c, a + b, a], 3).transpose(0, 1)
-        return affine(partial(F.conv_transpose2d, stride=2, padding=1), x, kernel, self.conv.bias)
+        out: Tensor = self.conv(x)
+        return out
 
 
 class TimeEmbedding(nn.Module):

@@ -8,9 +8,12 @@ more, where one is enough.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 
 def affine(
@@ -43,3 +46,14 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         return affine(self._conv_forward, input, self.weight, self.bias)
+
+
+class DoublingConv2d(Conv2d):
+    """A 3x3 convolution after nearest-neighbour upsampling by 2, as one transposed 4x4 convolution."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        # An output pixel of even index sees two input rows with weights (w0, w1 + w2), one of odd index (w0 + w1, w2).
+        a, b, c = self.weight.unbind(2)
+        a, b, c = torch.stack([c, b + c, a + b, a], 2).unbind(3)
+        kernel = torch.stack([c, b + c, a + b, a], 3).transpose(0, 1)
+        return affine(partial(F.conv_transpose2d, stride=2, padding=1), input, kernel, self.bias)

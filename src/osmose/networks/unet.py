@@ -29,6 +29,7 @@ from osmose.errors import UserError
 from osmose.networks.base import (
     MODULATION,
     TIME_FREQUENCY,
+    Joining,
     Modulation,
     NetworkConfig,
     followers,
@@ -149,7 +150,7 @@ class UNetConfig(NetworkConfig):
         return [max(sides) // 2**level for level in range(len(self.mult))]
 
 
-class UNet(nn.Module):
+class UNet(nn.Module, Joining):
     """See `UNetConfig`.
 
     Raises:
@@ -176,6 +177,7 @@ class UNet(nn.Module):
 
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         skips, width = [channels], channels
+        self._joined: dict[str, tuple[int, ...]] = {}
         for index, (resolution, out) in enumerate(zip(resolutions, widths, strict=True)):
             inputs = [width] + [out] * (config.blocks - 1)
             level = Level(config, [(c_in, out) for c_in in inputs], resolution in config.attention)
@@ -190,8 +192,11 @@ class UNet(nn.Module):
         self.mid_block.attentions.append(Attention(config, width))
 
         for index, (resolution, out) in reversed(list(enumerate(zip(resolutions, widths, strict=True)))):
-            inputs = [width] + [out] * config.blocks
-            level = Level(config, [(c_in + skips.pop(), out) for c_in in inputs], resolution in config.attention)
+            joined = [(c_in, skips.pop()) for c_in in [width] + [out] * config.blocks]
+            level = Level(config, [(sum(parts), out) for parts in joined], resolution in config.attention)
+            for place, parts in enumerate(joined):
+                if isinstance(level.resnets[place].conv_shortcut, nn.Conv2d):
+                    self._joined[f"up_blocks.{len(self.up_blocks)}.resnets.{place}.conv_shortcut"] = parts
             if index > 0:
                 level.upsamplers.append(Upsample(out))
             self.up_blocks.append(level)
@@ -221,6 +226,9 @@ class UNet(nn.Module):
         for level in blocks:
             assert isinstance(level, Level)
             yield level
+
+    def joined(self) -> dict[str, tuple[int, ...]]:
+        return self._joined
 
     @property
     def widths(self) -> tuple[int, ...]:

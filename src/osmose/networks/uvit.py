@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from osmose.configuration import ConfigError
 from osmose.errors import UserError
-from osmose.networks.base import Everywhere, NetworkConfig, coordinates, near_zero_, sinusoids
+from osmose.networks.base import Everywhere, Joining, NetworkConfig, coordinates, near_zero_, sinusoids
 from osmose.networks.layers import Classes, Linear
 
 
@@ -45,7 +45,7 @@ class UViTConfig(NetworkConfig):
         return UViT(self, event_shape, num_classes, num_outputs)
 
 
-class _Block(nn.Module):
+class _Block(nn.Module, Joining):
     """Attention and MLP, after their normalisation and with residual connections; tokens (B, T, width)."""
 
     def __init__(self, config: UViTConfig, skip: bool):
@@ -58,6 +58,9 @@ class _Block(nn.Module):
         self.mlp = nn.Sequential(
             Linear(width, config.mlp_ratio * width), nn.GELU(), near_zero_(Linear(config.mlp_ratio * width, width))
         )
+
+    def joined(self) -> dict[str, tuple[int, ...]]:
+        return {} if self.skip is None else {"skip": (self.skip.out_features,) * 2}
 
     def forward(self, h: Tensor, skipped: Tensor | None) -> Tensor:
         if self.skip is not None and skipped is not None:

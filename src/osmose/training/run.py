@@ -27,6 +27,7 @@ from osmose.errors import UserError
 from osmose.methods.base import GenerativeModel
 from osmose.training import files
 from osmose.training.config import Parent, RunConfig
+from osmose.training.runtime import Runtime, chosen
 
 
 class Run:
@@ -67,6 +68,11 @@ class Run:
                 f"{folder}: blocks that are not all trained; osmose train blocks --out {folder} --resume goes on with "
                 "them, osmose blocks merge puts together what was trained elsewhere"
             )
+        if (folder / "quantization.json").is_file() and not (folder / "config.json").is_file():
+            raise UserError(
+                f"{folder}: a quantization that is not finished; osmose quantize RUN --out {folder} --resume goes on "
+                "with it"
+            )
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: not a run folder (it has no config.json)")
         values = files.read_json(folder / "config.json")
@@ -82,11 +88,17 @@ class Run:
         """model.safetensors."""
         return self.folder / "model.safetensors"
 
-    def model(self, device: torch.device | str = "cpu") -> GenerativeModel:
+    def model(self, device: torch.device | str = "cpu", runtime: Runtime = "auto") -> GenerativeModel:
         """The trained model, in evaluation mode.
 
+        Args:
+            device: where it computes.
+            runtime: what computes its networks, "torch" or "openvino"; "auto" is OpenVINO for quantised runs where it
+                can (`training.runtime`), torch for all others.
+
         Raises:
-            UserError: no weights yet, or weights of another network; the message names what differs.
+            UserError: no weights yet, or weights of another network; the message names what differs. A runtime that
+                cannot compute it here.
         """
         if not self.weights.is_file():
             raise UserError(f"{self.folder}: has no model.safetensors yet; train it first (osmose train ... --resume)")
@@ -94,7 +106,10 @@ class Run:
         with torch.random.fork_rng(devices=[]):
             model = self.config.method.build(self.config.spec)
         load_weights(model, state, self.weights)
-        return model.to(device).eval()
+        model = model.to(device).eval()
+        if runtime != "torch":
+            chosen(model, self.folder / "graphs", self.hash, device, runtime)
+        return model
 
     def write_weights(self, state: dict[str, Tensor]) -> None:
         """Replace model.safetensors."""
@@ -169,13 +184,13 @@ def data_of(run: Run, root: Path | None = None) -> Dataset:
     return dataset
 
 
-def load(folder: Path | str, device: torch.device | str = "cpu") -> GenerativeModel:
-    """The model of a run folder, ready to `sample`.
+def load(folder: Path | str, device: torch.device | str = "cpu", runtime: Runtime = "auto") -> GenerativeModel:
+    """The model of a run folder, ready to `sample`; arguments as of `Run.model`.
 
     Raises:
         UserError: not a run folder, or one that cannot be read.
     """
-    return Run.open(folder).model(device)
+    return Run.open(folder).model(device, runtime)
 
 
 def load_weights(model: torch.nn.Module, state: dict[str, Tensor], source: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from osmose.data.batches import BatchOrder
 from osmose.data.dataset import Dataset
@@ -53,6 +53,8 @@ class Trainer:
         run: the run, new or begun.
         dataset: its data.
         model: the run's model, where it needs more than its configuration says (a teacher); built afresh if None.
+        lesson: called in the place of the model to train it, where its loss is not all that it learns from; a module
+            of which the model is a part.
         progress: shows how far it is.
 
     Raises:
@@ -60,7 +62,13 @@ class Trainer:
     """
 
     def __init__(
-        self, run: Run, dataset: Dataset, *, model: GenerativeModel | None = None, progress: Progress | None = None
+        self,
+        run: Run,
+        dataset: Dataset,
+        *,
+        model: GenerativeModel | None = None,
+        lesson: nn.Module | None = None,
+        progress: Progress | None = None,
     ):
         from accelerate import Accelerator  # half a second to import: only where training happens
         from accelerate.state import AcceleratorState
@@ -108,7 +116,8 @@ class Trainer:
             for network in self.model.networks():
                 network.compile()
         trains = any(parameter.requires_grad for parameter in self.model.parameters())
-        self.parallel = self.accelerator.prepare_model(self.model) if trains else self.model
+        lesson = self.model if lesson is None else lesson
+        self.parallel = self.accelerator.prepare_model(lesson) if trains else lesson
         self.order = BatchOrder(len(dataset.train), self.config.batch_size, mix(self.seed, "data"))
         self.start_order = self.order
         if dataset.start is not None and not dataset.paired:
@@ -177,7 +186,7 @@ class Trainer:
 
     def optimise(self, window: Window) -> float:
         """One optimisation step; the norm of its gradient, 0 where the optimizer needs none."""
-        self.model.train()
+        self.parallel.train()
         parts, value, norm = self._parts(), 0.0, 0.0
         # The noise as it is before the losses draw it, for those that look at the batch again.
         kept = [(batch, draws.again()) for batch, draws in parts] if self.optimizer.evaluates else []
