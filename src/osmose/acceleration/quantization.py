@@ -227,12 +227,13 @@ class Quantization:
             steps = len(labels_of(model))
             raise UserError(f"ends: {config.ends} steps at each end are more than the {steps} steps of the chain")
 
-    def carry_out(self, dataset: Dataset | None = None, progress: bool = True) -> bool:
+    def carry_out(self, dataset: Dataset | None = None, progress: bool = True, with_graphs: bool = True) -> bool:
         """Do what is asked for.
 
         Args:
             dataset: the data, where training or calibration needs them.
             progress: show progress bars.
+            with_graphs: write what OpenVINO computes; it may be written later (`Run.model(runtime="openvino")`).
 
         Returns:
             False when a signal asked training to stop before the end (the state is then saved).
@@ -246,7 +247,8 @@ class Quantization:
         real = self.source.model(runtime="torch")
         method = self.source.config.method
         if self.config.to == "bf16":
-            self._write(_rewritten(method, lambda _, network: BF16Config(network=network)), real, real, {})
+            half = _rewritten(method, lambda _, network: BF16Config(network=network))
+            self._write(half, real, real, {}, with_graphs)
             return True
         wrapped = self._layers(real)
         rounded = self._with(wrapped, "rounded")
@@ -270,7 +272,7 @@ class Quantization:
                 return ExpertsConfig(parts=(better(network), wrapped[index]), edges=edges, owners=owners)
 
             config = _rewritten(method, both)
-        self._write(config, real, whole, more)
+        self._write(config, real, whole, more, with_graphs)
         return True
 
     def _layers(self, model: GenerativeModel) -> list[QuantizedConfig]:
@@ -389,7 +391,14 @@ class Quantization:
         low = [network for _, _, network in networks_of(whole)]
         return search(real, low, budget, min(32, self.config.items), mix(self.config.seed, "precision"), on_step)
 
-    def _write(self, method: MethodConfig, real: GenerativeModel, whole: GenerativeModel, more: dict[str, Any]) -> None:
+    def _write(
+        self,
+        method: MethodConfig,
+        real: GenerativeModel,
+        whole: GenerativeModel,
+        more: dict[str, Any],
+        with_graphs: bool,
+    ) -> None:
         """Put the run together; config.json, which makes it one, comes last."""
         with torch.random.fork_rng(devices=[]):
             model = method.build(self.source.config.spec).eval()
@@ -411,6 +420,8 @@ class Quantization:
         files.write_bytes(self.folder / "metrics.jsonl", lines.encode())
         package = graphs.missing("openvino")
         why = why_not(model, "cpu") if package is None else f"{package} is not installed; pip install 'osmose[export]'"
+        if why is None and not with_graphs:
+            why = "graphs were not asked for"
         if why is None:
             write_graphs(model, self.folder / "graphs", run.hash())
         files.write_json(self.folder / "config.json", config.to_json())
@@ -440,6 +451,7 @@ def quantize(
     root: Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    with_graphs: bool = True,
     **options: Any,
 ) -> Run:
     """Quantise a run.
@@ -450,6 +462,7 @@ def quantize(
         root: where the data lie, if not where the run found them.
         resume: go on with an interrupted one, by its own settings.
         progress: show progress bars.
+        with_graphs: write what OpenVINO computes, where it is installed.
         **options: fields of `QuantizationConfig`.
 
     Raises:
@@ -459,7 +472,7 @@ def quantize(
     source = run if isinstance(run, Run) else Run.open(run)
     made = Quantization.open(out, source) if resume else Quantization.begin(out, source, QuantizationConfig(**options))
     needs = made.config.tuning is not None or made.config.calibration != "sampler"
-    if not made.carry_out(data_of(source, root) if needs else None, progress):
+    if not made.carry_out(data_of(source, root) if needs else None, progress, with_graphs):
         raise KeyboardInterrupt
     return Run.open(out)
 

@@ -102,7 +102,8 @@ class Evaluate:
         from osmose.training.run import Run
 
         run = Run.open(folder)
-        model = run.model(*where(self.device, self.runtime))
+        with quiet_warnings():
+            model = run.model(*where(self.device, self.runtime))
         steps = _numbers(self.steps) if self.steps else self._all_steps(model)
         mids = None if self.t_mid is None else angles(self.t_mid)
         ways = [sampling_options(self.overrides, num_steps=n, solver=self.solver, t_mid=mids) for n in steps]

@@ -93,7 +93,8 @@ class Sample:
             raise UserError(f"--out: {self.out} is not valid: should end in .npz, .csv, {', '.join(_PICTURES)}")
         if self.out.is_dir():
             raise UserError(f"--out: {self.out} is a folder")
-        model = Run.open(self.model).model(*where(self.device, self.runtime))
+        with quiet_warnings():
+            model = Run.open(self.model).model(*where(self.device, self.runtime))
         mids = None if self.t_mid is None else angles(self.t_mid)
         points = None if self.at is None else load_coordinates(self.at)
         options = sampling_options(

@@ -71,6 +71,14 @@ STUDIES = Registry(
             "osmose.studies.functional:FunctionalStudy",
             "diffusion of functions: parameters against score, other resolutions, noise that has a limit",
         ),
+        "quantize": (
+            "osmose.studies.quantize:QuantizeStudy",
+            "8 and 6 bits on a CPU: score, deviation, size, speed in every runtime",
+        ),
+        "compose": (
+            "osmose.studies.compose:Compose",
+            "two accelerations at once: TRACT and int8, a surrogate and int8, blocks and DPM-Solver++",
+        ),
         "blocks": (
             "osmose.studies.blocks:BlocksStudy",
             "a denoiser in blocks that are trained apart, against training from end to end",

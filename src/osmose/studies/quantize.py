@@ -1,0 +1,399 @@
+"""Study `quantize`: networks in fewer bits on a CPU: score, deviation, size and speed."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from osmose.acceleration.precision import deviation, labels_of, search, switched
+from osmose.acceleration.quantization import quantize
+from osmose.data.dataset import DataConfig
+from osmose.errors import UserError
+from osmose.methods.base import GenerativeModel
+from osmose.metrics.evaluate import score_samples
+from osmose.networks import graphs
+from osmose.studies.plots import log_scale, panels, real
+from osmose.studies.study import Cell, Claim, Results, Row, Study, Trained
+from osmose.studies.verdicts import lower, mean_and_spread, within
+from osmose.training.recipes import recipe
+from osmose.training.run import Run
+from osmose.training.runtime import networks_of
+from osmose.training.trainer import built
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SIX = {"bits": 6, "weight_bits": 6}
+_TUNED = {"steps": 300, "lr": 1e-4}
+#: Of the digits' run, what it becomes, and what that is.
+VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
+    "bf16": ({"to": "bf16"}, "bf16"),
+    "int8": ({"weight_bits": 8}, "8-bit weights and inputs"),
+    "int8-w7": ({"weight_bits": 7}, "7-bit weights: what processors without VNNI compute"),
+    "int8-dynamic": ({"weight_bits": 8, "inputs": "dynamic"}, "ranges of each item as it comes"),
+    "int8-qat": ({"weight_bits": 8, "tuning": _TUNED}, "300 steps of training, taught by the run"),
+    "int8-ends": ({"weight_bits": 8, "ends": 2}, "2 steps in fp32 at each end"),
+    "six": (_SIX, "6-bit weights and inputs"),
+    "six-qat": ({**_SIX, "tuning": _TUNED}, "300 steps of training, taught by the run"),
+    "six-untaught": ({**_SIX, "tuning": _TUNED | {"distillation": 0.0}}, "300 steps of training on data alone"),
+    "six-forward": ({**_SIX, "calibration": "forward"}, "ranges on noised data"),
+    "six-noise": ({**_SIX, "calibration": "noise"}, "ranges at the first step alone"),
+    "six-data": ({**_SIX, "calibration": "data"}, "ranges at the last step alone"),
+    "six-whole": ({**_SIX, "split": False}, "one range for joined inputs"),
+}
+_FASHION = ("int8", "int8-qat", "six", "six-qat")
+#: Networks whose speed is measured, on images of 32x32, with weights of chance.
+NETWORKS: dict[str, dict[str, Any]] = {
+    "unet": {"network.channels": 64, "network.mult": [1, 2, 2], "network.blocks": 1, "network.attention": [8]},
+    "dit": {"network": "dit", "network.width": 192, "network.depth": 8, "network.patch": 2},
+}
+RUNTIMES = ("torch fp32", "torch bf16", "torch.compile", "onnxruntime fp32", "onnxruntime int8", "openvino fp32",
+            "openvino bf16", "openvino int8")  # fmt: skip
+_BATCHES = (1, 8)
+#: Steps in high precision where four of them are chosen.
+PLACES = ("none", "first 4", "last 4", "2 and 2", "worst 4", "budget")
+
+
+#: Claims: what scores alike, what is better in score and deviation, and in which place, what is how much faster.
+_ALIKE = (
+    ("bf16 scores", "bf16", "real"),
+    ("8 bits score", "int8", "real"),
+    ("7-bit weights score", "int8-w7", "real"),
+    ("Fashion-MNIST: 8 bits score", "fashion-int8", "fashion-real"),
+)
+_BETTER = (
+    ("training with rounded weights is better than rounding alone, at 8 bits", "int8-qat", "int8"),
+    ("training with rounded weights is better than rounding alone, at 6 bits", "six-qat", "six"),
+    ("the run as teacher is better than data alone, at 6 bits", "six-qat", "six-untaught"),
+    ("two fp32 steps at each end are better than none, at 8 bits", "int8-ends", "int8"),
+    ("ranges of each item are better than measured ones, at 8 bits", "int8-dynamic", "int8"),
+    ("the sampler's own inputs are better for calibration than noised data", "six", "six-forward"),
+    ("the sampler's own inputs are better for calibration than those of its first step", "six", "six-noise"),
+    ("the sampler's own inputs are better for calibration than those of its last step", "six", "six-data"),
+    ("joined inputs want ranges of their own", "six", "six-whole"),
+    ("Fashion-MNIST: training is better than rounding alone, at 8 bits", "fashion-int8-qat", "fashion-int8"),
+    ("Fashion-MNIST: training is better than rounding alone, at 6 bits", "fashion-six-qat", "fashion-six"),
+)
+_PLACED = (
+    ("four fp32 steps at the end are better than four at the beginning", "last 4", "first 4"),
+    ("the four that err most alone are better than two at each end", "worst 4", "2 and 2"),
+)
+_FASTER = (
+    ("int8 in OpenVINO is twice as fast as fp32 in torch", "openvino int8", "torch fp32", 0.5),
+    ("int8 in OpenVINO is faster than fp32 there", "openvino int8", "openvino fp32", 1.0),
+    ("fp32 in OpenVINO is faster than torch.compile", "openvino fp32", "torch.compile", 1.0),
+    ("OpenVINO is faster than onnxruntime, both int8", "openvino int8", "onnxruntime int8", 1.0),
+)
+
+
+class QuantizeStudy(Study):
+    """Digits: EDM with the default UNet, 1,500 updates. Fashion-MNIST: a UNet of 8 channels, 800 updates, short.
+
+    Samples are drawn by DPM-Solver++(2M) in 20 steps: 800 of the digits, 300 of Fashion-MNIST. `score` is fd_clf;
+    `deviation` is how far samples are from those of the run in fp32 from the same noise, in deviations of these from
+    their mean. Both are computed by torch, which rounds as the integers do; `openvino` is the same in integers.
+    Scales are chosen on 64 samples. First and last layers, and those of time, keep real inputs.
+
+    Where steps keep their precision (`steps`, 6 bits), four of twenty are first, last, at both ends, or those whose
+    error alone moves samples most; `budget` is what is found for half of the deviation of all steps in 6 bits.
+
+    `speed` is milliseconds per image of one evaluation, the median of 5 in turns, in one thread, weights of chance,
+    7-bit weights where the processor has no VNNI. `torch.compile` is inductor with its default settings.
+    """
+
+    title = "Quantization on a CPU: what do 8 and 6 bits cost in quality, what do they give in size and speed?"
+    source = (
+        "Effective Quantization for Diffusion Models on CPUs (arXiv 2311.16133), SD 1.5: FID fp32 30.48, bf16 30.58, "
+        "int8 35.46, int8 with 5 bf16 steps at each end of 50 30.63; PTQ4DM (2211.15736), ImageNet-64, calibration: "
+        "images 128.6, noise 33.2, training inputs 34.6, sampler at all t 26.2, fp32 21.63"
+    )
+
+    def cells(self) -> list[Cell]:
+        training: dict[str, Any] = {"training.steps": 1500}
+        settings: dict[str, Any] = {"n": 800}
+        sampling = {"sampling.num_steps": 20, "sampling.solver": "dpmpp-2m"}
+        if self.quick:
+            training = {"training.steps": 6, "training.batch_size": 8, "network.channels": 8}
+            sampling["sampling.num_steps"] = 6
+            settings = {"n": 80, "items": 4}
+        cells = [Cell("real", "edm", "digits", training | sampling, settings, "the run, in fp32")]
+        names = ("bf16", "six") if self.quick else tuple(VARIANTS)
+        for name in names:
+            options, note = VARIANTS[name]
+            cells.append(Cell(name, None, "digits", {}, settings | {"options": options}, note, ("real",)))
+        note = "6 bits, some steps in fp32"
+        cells.append(Cell("steps", None, "digits", {}, settings | {"options": _SIX}, note, ("real",)))
+        if self.quick:
+            return cells
+        note = "8 bits, 7 of weights where there is no VNNI"
+        cells.append(Cell("openvino", None, "digits", {}, settings | {"options": {}}, note, ("real",)))
+        short = {"network.channels": 8, "training.steps": 800, "training.batch_size": 32, "training.lr": 2e-3}
+        few = {"n": 300}
+        cells.append(Cell("fashion-real", "edm", "fashion-mnist", short | sampling, few, "the run, in fp32"))
+        for name in _FASHION:
+            options, note = VARIANTS[name]
+            more = few | {"options": options}
+            cells.append(Cell(f"fashion-{name}", None, "fashion-mnist", {}, more, note, ("fashion-real",)))
+        cells += [
+            Cell(f"speed-{name}", None, "digits", {}, {"network": values}, f"speed of a {name}")
+            for name, values in NETWORKS.items()
+        ]
+        return cells
+
+    def measure(self, trained: Trained) -> list[Row]:
+        settings, name = trained.cell.settings, trained.cell.name
+        if "network" in settings:
+            return speeds(settings["network"], trained.seed)
+        if trained.cell.method is not None:
+            run = trained.run
+            values = scored(trained, trained.model, trained.model)
+            return [Row({}, values | {"bytes": run.weights.stat().st_size})]
+        source = trained.of(trained.cell.uses[0])
+        root = None if trained.data is None or trained.data.root is None else Path(trained.data.root)
+        exact = source.model(runtime="torch")
+        with tempfile.TemporaryDirectory() as folder:
+            options = {"items": settings.get("items", 64)} | settings["options"]
+            made = quantize(
+                source, Path(folder) / "run", root=root, progress=False, with_graphs=name == "openvino",
+                seed=trained.seed, **options,
+            )  # fmt: skip
+            if name == "steps":
+                return self._steps(trained, exact, made)
+            if name == "openvino":
+                whole, emulated = made.model(), made.model(runtime="torch")
+                values = scored(trained, whole, exact)
+                n = settings["n"]
+                both = [model.sample(n, seed=trained.seed).data for model in (whole, emulated)]
+                return [Row({}, values | {"from torch": deviation(*both)})]
+            values = scored(trained, made.model(runtime="torch"), exact)
+            return [Row({}, values | {"bytes": made.weights.stat().st_size})]
+
+    def _steps(self, trained: Trained, exact: GenerativeModel, made: Run) -> list[Row]:
+        low = [network for _, _, network in networks_of(made.model(runtime="torch"))]
+        labels = labels_of(exact)
+        items = trained.cell.settings.get("items", 32)
+        found = search(exact, low, 1e9, items, trained.seed)
+        half = search(exact, low, found.low / 2, items, trained.seed)
+        worst = sorted(found.groups, key=lambda group: -group.deviation)
+        few: list[float] = []
+        for group in worst:
+            few += group.labels if len(few) < 4 else ()
+        sets = dict(zip(PLACES, ([], labels[:4], labels[-4:], labels[:2] + labels[-2:], few, half.high), strict=True))
+        rows, right = [], trained.of(trained.cell.uses[0]).model(runtime="torch")
+        with switched(exact, low) as (switch,):
+            for place, high in sets.items():
+                switch.high_labels = frozenset(high)
+                rows.append(Row({"fp32": place}, scored(trained, exact, right) | {"steps": len(high)}))
+        alone = [group.deviation for group in found.groups]
+        quarter = max(1, len(alone) // 4)
+        rows.append(
+            Row(
+                {"fp32": "all but"},
+                {
+                    "first quarter": sum(d**2 for d in alone[:quarter]) ** 0.5,
+                    "last quarter": sum(d**2 for d in alone[-quarter:]) ** 0.5,
+                    "added up": sum(d**2 for d in alone) ** 0.5,
+                    "together": found.low,
+                },
+            )
+        )
+        return rows
+
+    def claims(self) -> list[Claim]:
+        def sized(text: str, name: str, low: float, high: float) -> Claim:
+            def share(r: Results) -> float:
+                return float((r.values(name, "bytes") / r.values("real", "bytes")).mean())
+
+            return Claim(text, [name, "real"], lambda r: within(share(r), low, high))
+
+        def timed(text: str, name: str, items: int, a: str, b: str, factor: float) -> Claim:
+            cell = f"speed-{name}"
+
+            def ms(r: Results, runtime: str) -> np.ndarray:
+                return r.values(cell, "ms", runtime=runtime, items=items)
+
+            text = f"{name}, {items} at a time: {text}"
+            return Claim(text, [cell], lambda r: lower(ms(r, a), factor * ms(r, b)))
+
+        def placed(text: str, metric: str, a: str, b: str) -> Claim:
+            text = f"{text} ({metric})"
+
+            def of(r: Results, place: str) -> np.ndarray:
+                return r.values("steps", metric, fp32=place)
+
+            return Claim(text, ["steps"], lambda r: lower(of(r, a), of(r, b)))
+
+        claims = [
+            sized("bf16 halves the run's size", "bf16", 0.45, 0.55),
+            Claim.lower("fp32 scores better than six bits", "real", "six", "score"),
+        ]
+        if self.quick:
+            return claims
+        claims.append(sized("8 bits take at most 0.35 of the size", "int8", 0, 0.35))
+        for text, a, b in _ALIKE:
+            claims.append(Claim.alike(f"{text} as fp32 does, to 10 %", a, b, "score", 0.1))
+        for text, a, b in _BETTER:
+            claims += [Claim.lower(f"{text} ({metric})", a, b, metric) for metric in ("score", "deviation")]
+        for metric in ("score", "deviation"):
+            claims += [placed(text, metric, a, b) for text, a, b in _PLACED]
+        for name in NETWORKS:
+            for items in _BATCHES:
+                claims += [timed(text, name, items, a, b, factor) for text, a, b, factor in _FASTER]
+        return claims
+
+    def tables(self, results: Results) -> dict[str, list[dict[str, str]]]:
+        tables: dict[str, list[dict[str, str]]] = {}
+        for heading, prefix in (("Digits", ""), ("Fashion-MNIST", "fashion-")):
+            if f"{prefix}real" not in results.rows:
+                continue
+            rows = []
+            for name in ("real", *VARIANTS, "openvino"):
+                if f"{prefix}{name}" not in results.rows:
+                    continue
+                ((_, values),) = results.groups(f"{prefix}{name}")
+                row = {"network": "fp32" if name == "real" else name}
+                row |= {"fd_clf": mean_and_spread(values["score"]), "deviation": mean_and_spread(values["deviation"])}
+                row["MB"] = f"{values['bytes'].mean() / 1e6:.2f}" if "bytes" in values else ""
+                rows.append(row)
+            rows.append(
+                {"network": "real data", "fd_clf": mean_and_spread(results.values(f"{prefix}real", "score_real"))}
+            )
+            tables[heading] = rows
+        rows, alone = [], {}
+        for labels, values in results.groups("steps"):
+            if labels["fp32"] == "all but":
+                alone = {name: mean_and_spread(value) for name, value in values.items()}
+                continue
+            rows.append(
+                {"steps in fp32": str(labels["fp32"]), "how many": mean_and_spread(values["steps"])}
+                | {"fd_clf": mean_and_spread(values["score"]), "deviation": mean_and_spread(values["deviation"])}
+            )
+        tables["Digits, 6 bits: where steps keep fp32"] = rows
+        tables["Digits, 6 bits: deviation by the errors of some steps alone"] = [alone]
+        for name in NETWORKS:
+            if f"speed-{name}" in results.rows:
+                tables[f"{name}: ms an image"] = _speed_table(results, f"speed-{name}")
+        return tables
+
+    def figures(self, results: Results) -> dict[str, Figure]:
+        figure, (quality, places) = panels(2)
+        for name in ("real", *VARIANTS):
+            if name in results.rows:
+                ((_, values),) = results.groups(name)
+                x, y = values["bytes"].mean() / 1e6, values["score"].mean()
+                quality.plot(x, y, "o", markersize=5)
+                quality.annotate("fp32" if name == "real" else name, (x, y), fontsize=6, xytext=(4, 2),
+                                 textcoords="offset points")  # fmt: skip
+        real(quality, float(results.values("real", "score_real").mean()))
+        log_scale(quality)
+        quality.set(title="digits", xlabel="MB", ylabel="fd_clf")
+        for labels, values in results.groups("steps"):
+            if labels["fp32"] != "all but":
+                places.plot(values["deviation"], values["score"], "o", markersize=4, label=str(labels["fp32"]))
+        places.set(title="6 bits: steps in fp32, every seed", xlabel="deviation", ylabel="fd_clf")
+        places.legend(fontsize=7)
+        return {"quantize": figure}
+
+
+def scored(trained: Trained, model: GenerativeModel, exact: GenerativeModel) -> dict[str, float]:
+    """Score of a model's samples, that of real data, and how far they are from another model's of the same noise."""
+    n = trained.cell.settings["n"]
+    samples = model.sample(n, seed=trained.seed).data
+    (score,) = score_samples(samples, trained.dataset, metrics=["fd_clf"], seed=trained.seed)
+    assert score.floor is not None
+    right = exact.sample(n, seed=trained.seed).data
+    return {"score": score.value, "score_real": score.floor, "deviation": deviation(samples, right)}
+
+
+def _speed_table(results: Results, cell: str) -> list[dict[str, str]]:
+    rows = []
+    for runtime in RUNTIMES:
+        row = {"runtime": runtime}
+        for batch in _BATCHES:
+            ms = results.values(cell, "ms", runtime=runtime, items=batch)
+            slow = results.values(cell, "ms", runtime=RUNTIMES[0], items=batch)
+            row[f"{batch} at a time"] = f"{mean_and_spread(ms)} ({(slow / ms).mean():.2f}x)"
+        row["relative error"] = f"{results.values(cell, 'error', runtime=runtime, items=_BATCHES[-1]).mean():.1e}"
+        rows.append(row)
+    return rows
+
+
+def speeds(network: dict[str, Any], seed: int) -> list[Row]:
+    """Milliseconds an image of one evaluation in every runtime, in turns, and how far each is from torch in fp32.
+
+    Raises:
+        UserError: a runtime is not installed.
+    """
+    for name in ("openvino", "onnxruntime", "onnxscript"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"study quantize: needs {name}; install it with: pip install 'osmose[export,baselines]'")
+    torch.manual_seed(seed)
+    digits = DataConfig(source="digits", size=32)
+    config = recipe("edm", digits, digits.load(), seed, network | {"sampling.num_steps": 6})
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run = Run.create(folder / "run", config)
+        model = built(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        run.write_weights(model.state_dict())
+        made = quantize(run, folder / "int8", progress=False, items=8, with_graphs=False)
+        half = quantize(run, folder / "bf16", to="bf16", progress=False, with_graphs=False)
+        fp32, int8, bf16 = (networks_of(other.model(runtime="torch"))[0][2] for other in (run, made, half))
+        return _timed(fp32, int8, bf16, config.spec.shape, folder)
+
+
+def _timed(fp32: nn.Module, int8: nn.Module, bf16: nn.Module, shape: tuple[int, ...], folder: Path) -> list[Row]:
+    import onnxruntime
+
+    def graph(network: nn.Module, target: graphs.Target) -> Path:
+        place = folder / f"{target}-{len(list(folder.iterdir()))}"
+        place.mkdir()
+        return graphs.write(network, shape, False, place, target)
+
+    def session(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        opened = onnxruntime.InferenceSession(graph(network, "onnx"), options)
+        return lambda x, label: torch.from_numpy(opened.run(None, {"x": x.numpy(), "label": label.numpy()})[0])
+
+    compiled = torch.compile(fp32)
+    calls: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "torch fp32": fp32,
+        "torch bf16": bf16,
+        "torch.compile": lambda x, label: compiled(x, label),
+        "onnxruntime fp32": session(fp32),
+        "onnxruntime int8": session(int8),
+        **{
+            f"openvino {kind}": graphs.Graph(graph(network, "openvino"), network)
+            for kind, network in (("fp32", fp32), ("bf16", bf16), ("int8", int8))
+        },
+    }
+    rows = []
+    with torch.inference_mode():
+        for items in _BATCHES:
+            x = torch.randn(items, *shape, generator=torch.Generator().manual_seed(0))
+            label = torch.full((items,), 300.0)
+            outs = {name: call(x, label) for name, call in calls.items()}  # the first is not timed
+            times: dict[str, list[float]] = {name: [] for name in calls}
+            for _ in range(5):
+                for name, call in calls.items():
+                    start = time.perf_counter()
+                    call(x, label)
+                    times[name].append(time.perf_counter() - start)
+            right = outs["torch fp32"]
+            for name in RUNTIMES:
+                error = float((outs[name] - right).norm() / right.norm())
+                ms = 1e3 * statistics.median(times[name]) / items
+                rows.append(Row({"runtime": name, "items": items}, {"ms": ms, "error": error}))
+    return rows
