@@ -218,4 +218,4 @@ def test_other_methods_do_not_complete(osmose):
     np.savez("known.npz", known=np.full((1, 1, 8, 8), np.nan, dtype=np.float32))
     answer = osmose("complete", "plain", "known.npz")
     assert answer.status == 2
-    assert "ddpm draws whole items; dspd, cspd and fdp fill in what is missing" in answer.err
+    assert "ddpm draws whole items; dspd, cspd, fdp, masked and token-diffusion fill in what is missing" in answer.err

@@ -71,7 +71,10 @@ def test_what_is_in_the_folder_comes_first(refused, tmp_path, monkeypatch):
     ("words", "message"),
     [
         (["mbconv69"], "mbconv69: neither a run folder nor a data set nor a network; data sets are digits, "),
-        (["mbconv69"], "networks are unet, mlp, tensor-train, uvit, dit, experts, implicit, ddpm-cifar10"),
+        (
+            ["mbconv69"],
+            "networks are unet, mlp, tensor-train, uvit, dit, text, causal-text, experts, quantized, bf16, implicit, ddpm-cifar10",
+        ),
         (["unet", "--shape", "1,28,28"], "network.mult: 4 levels need sides divisible by 8"),
         (["unet", "--shape", "2"], "a unet needs images"),
         (["unet", "--shape", "3x32x32"], "--shape: '3x32x32' is not valid: write channels,height,width (3,32,32)"),

@@ -38,12 +38,11 @@ from osmose.training.config import RunConfig
 from osmose.training.progress import Progress
 from osmose.training.recipes import checked
 from osmose.training.run import Run, require_free, versions
-from osmose.training.trainer import DivergedError, Trainer, stopping_on_signal
+from osmose.training.trainer import DivergedError, Trainer, built, stopping_on_signal
 
 Order = Literal["sequential", "interleaved"]
 #: What a worker of several is told of the others.
 _WORKERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_PREFIX = "denoiser.network."
 #: Samples in the picture of all blocks together.
 _SHOWN = 36
 
@@ -92,6 +91,11 @@ class Blocks:
             return cls(folder, BlocksPlan.parse(files.read_json(folder / "blocks.json")))
         except ConfigError as error:
             raise UserError(f"{folder / 'blocks.json'}: not written by osmose ({error})") from None
+
+    @property
+    def has_picture(self) -> bool:
+        """Whether samples of all blocks together are drawn."""
+        return has_picture(self.plan.whole.spec)
 
     @property
     def finished(self) -> bool:
@@ -194,12 +198,13 @@ class Blocks:
         """Write the run of all blocks; config.json, which makes it one, comes last."""
         weights: dict[str, Tensor] = {}
         lines: list[dict[str, Any]] = []
+        prefix = _prefix(self.plan.member(0))
         for block in range(self.plan.count):
             run, own = self.run(block), {}
             for name, value in files.read_tensors(run.weights).items():
-                inner = name.removeprefix(_PREFIX)
+                inner = name.removeprefix(prefix)
                 within = self.plan.count > 1 and inner != name
-                own[f"{_PREFIX}parts.{block}.{inner}" if within else name] = value
+                own[f"{prefix}parts.{block}.{inner}" if within else name] = value
             weights |= own
             before = block * self.plan.whole.training.steps
             lines += [{**line, "step": before + line["step"], "block": block} for line in run.metrics()]
@@ -255,6 +260,13 @@ def merge(folders: Sequence[Path | str], out: Path | str, dataset: Dataset) -> R
             shutil.copytree(folder, temporary / "blocks" / str(block))
         Blocks(temporary, plan)._put_together(dataset)
     return Run.open(out)
+
+
+def _prefix(config: RunConfig) -> str:
+    """What the names of a network's tensors begin with in a model."""
+    model = built(config)
+    (network,) = model.networks()
+    return next(name for name, module in model.named_modules() if module is network) + "."
 
 
 def _without_place(plan: BlocksPlan) -> dict[str, Any]:

@@ -12,20 +12,21 @@ networks (a UNet) are not slices of anything: every block has one of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 from pydantic import Field, model_validator
 
 from osmose.configuration import Config, ConfigError
 from osmose.errors import UserError
 from osmose.gaussian.draws import mix
-from osmose.gaussian.schedule import Level, VarianceExploding
-from osmose.methods.diffusion import DiffusionConfig
-from osmose.methods.times import LogNormalTimes
+from osmose.methods.base import MethodConfig
+from osmose.methods.sharing import Partition, Shareable
 from osmose.networks.base import StackConfig
 from osmose.training.config import RunConfig
 
-Partition = Literal["equal-mass", "equal-log", "equal-sigma"]
+
+class ShareableMethod(MethodConfig, Shareable):
+    """A method's configuration whose noise can be shared out: for type checkers."""
 
 
 class BlocksPlan(Config):
@@ -44,10 +45,11 @@ class BlocksPlan(Config):
     @model_validator(mode="after")
     def _can_be_cut(self) -> BlocksPlan:
         method, layers = self.method, self.layers
-        if not isinstance(method.schedule, VarianceExploding) or not isinstance(method.times, LogNormalTimes):
-            raise ConfigError("whole", "blocks share noise levels of edm: schedule ve and times log-normal")
-        if method.times.lowest is not None or method.times.highest is not None:
-            raise ConfigError("whole", "times.lowest and times.highest are what blocks are given")
+        try:
+            method.require_whole()
+            method.edges(1, self.partition)
+        except ConfigError as error:
+            raise ConfigError(error.path or "whole", error.reason) from None
         if layers is None and self.split:
             raise ConfigError("split", f"{method.network.kind} is no stack of layers; every block has a whole one")
         if layers is not None and self.count > layers:
@@ -61,12 +63,12 @@ class BlocksPlan(Config):
         return self
 
     @property
-    def method(self) -> DiffusionConfig:
+    def method(self) -> ShareableMethod:
         """Of the whole run."""
         method = self.whole.method
-        if not isinstance(method, DiffusionConfig):
-            raise ConfigError("whole", f"{method.kind} has no blocks; edm has")
-        return method
+        if not isinstance(method, Shareable):
+            raise ConfigError("whole", f"{method.kind} has no blocks; edm, masked and token-diffusion have")
+        return cast(ShareableMethod, method)
 
     @property
     def layers(self) -> int | None:
@@ -85,47 +87,33 @@ class BlocksPlan(Config):
                 raise UserError(f"only: there is no block {block}; they are 0 to {self.count - 1}")
 
     def edges(self) -> list[float]:
-        """Where intervals of sigma meet, ascending, with both ends: B + 1 numbers."""
-        schedule, law = self.method.schedule, self.method.times
-        assert isinstance(schedule, VarianceExploding)
-        assert isinstance(law, LogNormalTimes)
-        low, high = schedule.sigma_min, schedule.sigma_max
-        shares = [i / self.count for i in range(1, self.count)]
-        if self.partition == "equal-mass":
-            first, last = law.share_below(low), law.share_below(high)
-            inner = [law.ratio_at(first + share * (last - first)) for share in shares]
-        elif self.partition == "equal-log":
-            inner = [low * (high / low) ** share for share in shares]
-        else:
-            inner = [low + share * (high - low) for share in shares]
-        return [low, *inner, high]
+        """Where intervals of noise meet, ascending, with both ends: B + 1 numbers."""
+        return self.method.edges(self.count, self.partition)
 
     def interval(self, block: int) -> tuple[float, float]:
-        """The sigmas that a block owns."""
+        """What a block owns, of sigma or of what the method has in its place."""
         edges = self.edges()[::-1]
         return edges[block + 1], edges[block]
 
     def widened(self, block: int) -> tuple[float, float]:
-        """The sigmas that a block is trained on: wider, and kept between sigma_min and sigma_max."""
-        (low, high), edges = self.interval(block), self.edges()
-        factor = (high / low) ** self.overlap
-        return max(low / factor, edges[0]), min(high * factor, edges[-1])
+        """What a block is trained on: wider, and kept between the ends."""
+        edges = self.edges()
+        low, high = self.method.widened(*self.interval(block), self.overlap)
+        return max(low, edges[0]), min(high, edges[-1])
 
     def member(self, block: int) -> RunConfig:
         """The run that trains a block. Of a single block it is the whole."""
         if self.count == 1:
             return self.whole
         method, (low, high) = self.method, self.widened(block)
-        times = method.times.replace(
-            lowest=None if block == self.count - 1 else low, highest=None if block == 0 else high
-        )
+        limits = method.restricted(None if block == self.count - 1 else low, None if block == 0 else high)
         network = method.network
         if isinstance(network, StackConfig):
             network = network.replace(depth=self.split[block] if self.split else network.depth // self.count)
         return RunConfig.parse(
             self.whole.to_json()
             | {
-                "method": method.to_json() | {"times": times.to_json(), "network": network.to_json()},
+                "method": method.to_json() | limits | {"network": network.to_json()},
                 # By itself a block draws nothing worth looking at.
                 "training": self.whole.training.to_json() | {"preview_samples": 0},
                 "seed": self.whole.seed if block == 0 else mix(self.whole.seed, "block", block),
@@ -138,10 +126,10 @@ class BlocksPlan(Config):
             return self.whole
         method = self.method
         parts = [self.member(block).method for block in range(self.count)]
-        labels = [float(method.schedule.label(Level(0.0, 1.0, sigma))) for sigma in self.edges()[-2:0:-1]]
+        labels = [method.label_at(edge) for edge in self.edges()[-2:0:-1]]
         network = {
             "kind": "experts",
-            "parts": [part.network.to_json() for part in parts if isinstance(part, DiffusionConfig)],
+            "parts": [part.network.to_json() for part in parts if isinstance(part, Shareable)],
             "edges": labels,
         }
         return RunConfig.parse(self.whole.to_json() | {"method": method.to_json() | {"network": network}})

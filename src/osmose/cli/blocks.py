@@ -13,20 +13,25 @@ from osmose.cli.command import Result, quiet_warnings
 from osmose.cli.train import Train
 from osmose.errors import UserError
 
+#: Those whose noise can be shared out.
+_METHODS = ("edm", "masked", "token-diffusion")
+
 
 @dataclass
 class TrainBlocks(Train):
     """Train a denoiser in blocks that know nothing of each other, each on noise levels of its own (DiffusionBlocks).
 
-    A stack of layers (--network dit or mlp) is cut into --blocks shorter ones; of other networks every block has a
-    whole one. Only one block's weights, gradients and optimizer are in memory at a time. --steps and all else of
-    training hold for each block. The result samples like any run of edm, a step through one block.
+    A stack of layers (--network dit, mlp or those of text) is cut into --blocks shorter ones; of other networks every
+    block has a whole one. Only one block's weights, gradients and optimizer are in memory at a time. --steps and all
+    else of training hold for each block. The result samples like any run of edm, a step through one block.
 
     Under torchrun every worker trains blocks of its own. --only trains some of them; what was trained on other machines
     is put together by osmose blocks merge. Everything else is as in osmose train.
     """
 
-    method: Annotated[Positional[str | None], arg(metavar="METHOD", help="edm, whose noise is shared out")] = None
+    method: Annotated[Positional[str | None], arg(metavar="METHOD", help="edm; masked or token-diffusion for text")] = (
+        None
+    )
     blocks: Annotated[int | None, arg(help="how many; required")] = None
     overlap: Annotated[
         float | None, arg(help="how much wider a block's noise is in training, in lengths of its own; 0.05")
@@ -44,15 +49,18 @@ class TrainBlocks(Train):
         from osmose.configuration import ConfigError
         from osmose.training.run import require_free
 
-        if self.method not in (None, "edm"):
-            raise UserError(f"METHOD: {self.method!r} is not valid: blocks share the noise levels of edm")
+        if self.method not in (None, *_METHODS):
+            raise UserError(
+                f"METHOD: {self.method!r} is not valid: blocks share the noise of edm, or of masked and "
+                "token-diffusion, which are for text"
+            )
         if self.init is not None:
             raise UserError("--init: given, and blocks begin with fresh weights")
         if self.blocks is None:
             raise UserError("--blocks: required: how many")
         self._require_order()
         only = _numbers("only", self.only)
-        self.method = "edm"
+        self.method = self.method or "edm"
         changes = self._changes()
         self._require_data(changes)
         require_free(out)
@@ -113,9 +121,9 @@ class TrainBlocks(Train):
             line = f"wrote {self.out}/blocks; not trained yet: {names} of {blocks.plan.count} blocks"
             return Result(values | {"finished": False}, [line], again)
         edges = ", ".join(f"{edge:.4g}" for edge in blocks.plan.edges())
-        lines = [
-            f"wrote {self.out}: {blocks.plan.count} blocks, sigma {edges}; together: {self.out}/samples/blocks.png"
-        ]
+        what = "time" if blocks.plan.whole.method.kind == "masked" else "sigma"
+        together = f"; together: {self.out}/samples/blocks.png" if blocks.has_picture else ""
+        lines = [f"wrote {self.out}: {blocks.plan.count} blocks, {what} {edges}{together}"]
         return Result(values | {"finished": True}, lines, f"osmose evaluate {self.out}")
 
 

@@ -253,6 +253,8 @@ def _method_for(spec: Any, source: str) -> str:
     """A method to begin with."""
     if spec.series is not None:
         return "dspd"
+    if spec.alphabet is not None:
+        return "masked"
     return "blackout" if source.startswith("counts:") else "ddpm"
 
 
@@ -264,6 +266,8 @@ def _form(spec: Any) -> str:
             f"series of {', '.join(form.columns)} at up to {spec.shape[1]} times, {form.gap:g}{unit} apart (median), "
             f"{alike}; correlated over {form.memory:.3g}{unit}"
         )
+    if spec.alphabet is not None:
+        return f"text, {spec.shape[0]} characters an item, of an alphabet of {len(spec.alphabet)}: {spec.alphabet!r}"
     shape = "x".join(map(str, spec.shape))
     levels = f", {spec.levels} levels" if spec.levels else ""
     return f"{spec.kind} {shape}" + (

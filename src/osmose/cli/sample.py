@@ -35,16 +35,20 @@ class Sample:
     and `scale` of the data's own units, states scale + shift.
 
     Series are drawn at the times of training items, or at --times; a .csv has a row for each time of each, with its
-    number in the column `sample`. Other functions (fdp) are looked at on a finer grid with --resolution, or at any
-    points with --at: the first axis from top to bottom, the second from left to right, pixel i of n at (i + 1/2) / n
-    (with basis=fourier at i / n); `samples` is then (n, channels, points).
+    number in the column `sample`. Text is written to a .txt.
+
+    Other functions (fdp) are looked at on a finer grid with --resolution, or at any points with --at: the first axis
+    from top to bottom, the second from left to right, pixel i of n at (i + 1/2) / n (with basis=fourier at i / n);
+    `samples` is then (n, channels, points).
     """
 
     model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder")]
     num: Annotated[
         int | None, arg(aliases=["-n"], help="how many samples; 64 if not given, or as many as --from holds")
     ] = None
-    out: Annotated[Path, arg(help="where to write: .png, .jpg, .webp or .npz; .csv of series")] = Path("samples.png")
+    out: Annotated[Path, arg(help="where to write: .png, .jpg, .webp, .npz; of series .csv, of text .txt")] = Path(
+        "samples.png"
+    )
     steps: Annotated[int | None, arg(help="solver steps; the method's own number if not given")] = None
     solver: Annotated[str | None, arg(help="of the method: ddim, dpmpp-2m, bridge, euler ..., see the README")] = None
     t_mid: Annotated[
@@ -85,12 +89,13 @@ class Sample:
         from osmose.cli.tables import read_times, write_series
         from osmose.data.arrays import load_coordinates
         from osmose.data.pictures import picture, require_picture
+        from osmose.data.text import texts
         from osmose.training import files
         from osmose.training.run import Run
 
         suffix = self.out.suffix.lower()
-        if suffix not in (*_PICTURES, ".npz", ".csv"):
-            raise UserError(f"--out: {self.out} is not valid: should end in .npz, .csv, {', '.join(_PICTURES)}")
+        if suffix not in (*_PICTURES, ".npz", ".csv", ".txt"):
+            raise UserError(f"--out: {self.out} is not valid: should end in .npz, .csv, .txt, {', '.join(_PICTURES)}")
         if self.out.is_dir():
             raise UserError(f"--out: {self.out} is a folder")
         with quiet_warnings():
@@ -109,10 +114,12 @@ class Sample:
         start = None if self.from_ is None else self._items(begin, model.config.kind)
         if suffix == ".csv" and form.series is None:
             raise UserError(f"--out: {self.out} is not valid: .csv is for series; write {form.kind} to an .npz")
+        if suffix == ".txt" and form.alphabet is None:
+            raise UserError(f"--out: {self.out} is not valid: .txt is for text; write {form.kind} to an .npz")
         if suffix in _PICTURES:
             require_picture(form)
         num = (64 if start is None else len(start)) if self.num is None else self.num
-        if suffix != ".npz" and num > _MOST_IN_PICTURE:
+        if suffix in _PICTURES and num > _MOST_IN_PICTURE:
             raise UserError(f"--num: {num} samples do not fit in a picture; write them to an .npz")
         asked = {"seed": self.seed, "condition": self.label, "batch_size": self.batch_size, **options}
         asked["start"] = None if start is None else start[:num]
@@ -129,6 +136,9 @@ class Sample:
                 nfe, seconds = drawn[0].nfe, sum(part.seconds for part in drawn)
                 data = torch.cat([part.data for part in drawn])
                 at = None if drawn[0].times is None else torch.cat([p.times for p in drawn if p.times is not None])
+                if suffix == ".txt":
+                    files.write_bytes(self.out, ("\n\n".join(texts(data, form)) + "\n").encode())
+                    return self._result(num, nfe, seconds)
                 if suffix == ".csv":
                     assert form.series is not None
                     at = form.some_times(num) if at is None else at

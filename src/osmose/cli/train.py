@@ -81,7 +81,7 @@ class Train:
     time_column: Annotated[str | None, arg(help="of series: the column of times; the first")] = None
     id_column: Annotated[str | None, arg(help="of series: the column that tells them apart")] = None
     columns: Annotated[str | None, arg(metavar="NAME,...", help="of series: columns of values; all")] = None
-    window: Annotated[int | None, arg(help="of series: learn from windows of so many rows")] = None
+    window: Annotated[int | None, arg(help="of series and text: windows of so many rows, or characters")] = None
     init: Annotated[
         Path | None,
         arg(metavar="RUN0", help="a trained diffusion to begin with (sct, ect), and its data"),

@@ -38,6 +38,10 @@ SOURCES = Registry(
             "osmose.data.processes:load_process",
             "process:NAME, simulated series at irregular times: ou, sine, cir, lorenz, predator-prey, sink",
         ),
+        "text": (
+            "osmose.data.text:load_text",
+            "text:FILE, characters of a text; text:python, the reference of the Python language",
+        ),
         "hub": ("osmose.data.hub:load_hub", "hub:NAME, a Hugging Face image data set (needs osmose[hub])"),
     },
 )

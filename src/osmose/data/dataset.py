@@ -43,7 +43,7 @@ class DataSpec(Config):
     Models work on `(x - shift) / scale`; images are thereby in [-1, 1], points have mean 0 and deviation 1.
     """
 
-    kind: Literal["image", "points", "series", "counts", "function"]
+    kind: Literal["image", "points", "series", "counts", "function", "text"]
     shape: tuple[int, ...] = Field(min_length=1, description="event shape: (channels, height, width) or (dimension,)")
     range: tuple[float, float] | None = Field(None, description="smallest and largest value, in data units")
     levels: int | None = Field(None, ge=2, description="number of equally spaced values in `range` that occur")
@@ -53,6 +53,7 @@ class DataSpec(Config):
     start: DataSpec | None = Field(None, description="form of the data that samples begin with, if not noise")
     series: SeriesForm | None = Field(None, description="of series: their columns and times")
     paired: bool = Field(False, description="each item belongs to one of the data that samples begin with")
+    alphabet: str | None = Field(None, description="of text: the character that each level stands for")
 
     @model_validator(mode="after")
     def _coherent(self) -> DataSpec:
@@ -73,6 +74,10 @@ class DataSpec(Config):
             raise ValueError("pairs need data to begin with")
         if (self.kind == "series") != (self.series is not None):
             raise ValueError("series, and they alone, have times")
+        if (self.kind == "text") != (self.alphabet is not None) or len(self.alphabet or "") != (
+            self.levels if self.kind == "text" else 0
+        ):
+            raise ValueError("text, and it alone, has an alphabet, of a character for each level")
         return self
 
     @property
@@ -205,9 +210,11 @@ class Dataset:
     def identity(self) -> DataIdentity:
         """Name, sizes, split and a hash over every value."""
         # Without `start`, whose own hash is taken in below: what a data set is does not depend on what it is for.
-        digest = hashlib.sha256(self.spec.model_dump_json(exclude={"start", "paired", "series"}).encode())
+        digest = hashlib.sha256(self.spec.model_dump_json(exclude={"start", "paired", "series", "alphabet"}).encode())
         if self.spec.series is not None:
             digest.update(self.spec.series.model_dump_json().encode())
+        if self.spec.alphabet is not None:
+            digest.update(self.spec.alphabet.encode())
         if self.start is not None:
             digest.update(f"{self.start.identity.sha256} {self.paired}".encode())
         parts = (self.train, self.held_out, self.train_labels, self.held_out_labels)
@@ -347,8 +354,9 @@ _OPTIONS = {
     "time_column": (("series",), "series: data"),
     "id_column": (("series",), "series: data"),
     "columns": (("series",), "series: data"),
-    "window": (("series", "etth1", "fx-8"), "series: data, etth1 and fx-8"),
-    "stride": (("series", "etth1", "fx-8"), "series: data, etth1 and fx-8"),
+    "window": (("series", "etth1", "fx-8", "text"), "series: and text: data, etth1 and fx-8"),
+    "stride": (("series", "etth1", "fx-8", "text"), "series: and text: data, etth1 and fx-8"),
+    "letters": (("text",), "text: data"),
 }
 
 
@@ -370,8 +378,11 @@ class DataConfig(Config):
     time_column: str | None = Field(None, description="of series; the first if not given")
     id_column: str | None = Field(None, description="tells the series of one table apart")
     columns: tuple[str, ...] | None = Field(None, description="of values, in this order; all that are left")
-    window: int | None = Field(None, ge=2, description="learn from windows of so many rows, not from whole series")
-    stride: int | None = Field(None, ge=1, description="rows between two windows; 1 unless memory would run out")
+    window: int | None = Field(None, ge=2, description="learn from windows of so many rows (text: characters)")
+    stride: int | None = Field(
+        None, ge=1, description="rows between two windows; 1 unless memory would run out (text: window)"
+    )
+    letters: bool = Field(False, description="of text, keep 26 letters in lower case and spaces")
     held_out: float = Field(0.1, gt=0, lt=1, description="share held out where the data brings no test part")
     split_seed: int = Field(0, ge=0, lt=2**63, description="seed of the random split")
     skip_bad: bool = Field(False, description="leave out files that cannot be read instead of stopping")

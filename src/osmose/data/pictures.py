@@ -101,7 +101,7 @@ def has_picture(spec: DataSpec) -> bool:
     """Whether `picture` can show data of this form."""
     if spec.kind == "image":
         return spec.shape[0] in (1, 3) and spec.range is not None
-    return spec.kind == "series" or (len(spec.shape) == 1 and spec.shape[0] >= 2)
+    return spec.kind == "series" or (spec.kind != "text" and len(spec.shape) == 1 and spec.shape[0] >= 2)
 
 
 def require_picture(spec: DataSpec) -> None:

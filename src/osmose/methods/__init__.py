@@ -40,6 +40,14 @@ METHODS = Registry(
             "osmose.methods.stochastic_process:CSPDConfig",
             "the same in continuous time, sampled by its flow",
         ),
+        "masked": (
+            "osmose.methods.masked:MaskedConfig",
+            "text whose characters are hidden one by one, and found again (masked diffusion)",
+        ),
+        "token-diffusion": (
+            "osmose.methods.token_diffusion:TokenDiffusionConfig",
+            "text from left to right, each character by a short diffusion of its embedding",
+        ),
         "gaussian": ("osmose.methods.gaussian_fit:GaussianConfig", "one Gaussian with the covariance of the data"),
         "class-means": (
             "osmose.methods.gaussian_fit:ClassMeansConfig",

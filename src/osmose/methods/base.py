@@ -215,7 +215,10 @@ class GenerativeModel(nn.Module, ABC):
         Raises:
             UserError: a model that cannot, or values that it cannot be told.
         """
-        raise UserError(f"known: {self.config.kind} draws whole items; dspd, cspd and fdp fill in what is missing")
+        raise UserError(
+            f"known: {self.config.kind} draws whole items; dspd, cspd, fdp, masked and token-diffusion fill in what is "
+            "missing"
+        )
 
     def keep_starts(self, starts: Tensor) -> None:
         """Keep items to begin samples with that training does not see, for a model that takes any.
@@ -249,7 +252,7 @@ class GenerativeModel(nn.Module, ABC):
         """
         raise UserError(
             f"{self.config.kind}: has no likelihood bound; ddpm, iddpm, edm, blackout, interpolant, bridge, dspd, "
-            "cspd and fdp have"
+            "cspd, fdp and masked have"
         )
 
     def regression(self, batch: Batch, draws: Draws) -> Regression:  # noqa: ARG002

@@ -45,6 +45,7 @@ from osmose.methods.chain import (
 from osmose.methods.densities import level_decoder
 from osmose.methods.messages import Batch, BoundTerms, LossTerms, OnStep, Regression, Watch
 from osmose.methods.objectives import HybridObjective, Objective, Problem, SimpleObjective
+from osmose.methods.sharing import SharedSigma
 from osmose.methods.times import LogNormalTimes, TimesChoice, UniformTimes
 
 ObjectiveChoice = Annotated[SerializeAsAny[Objective], BeforeValidator(OBJECTIVES.parse)]
@@ -55,7 +56,7 @@ _BOUND_STEPS = 1000
 _SAME_TIME = 1e-9
 
 
-class DiffusionConfig(ProcessConfig):
+class DiffusionConfig(ProcessConfig, SharedSigma):
     """The parts of a Gaussian diffusion model."""
 
     objective: ObjectiveChoice = SimpleObjective()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,11 +14,12 @@ from osmose.errors import UserError, nearest
 from osmose.metrics.admission import admit, refuse_identical
 from osmose.metrics.features import NO_FEATURES, FeatureNetwork, default_features
 from osmose.metrics.matrices import seeded, subset
-from osmose.metrics.measures import ON_FEATURES, ON_PROBABILITIES, ON_VALUES, Measured, neighbour_ratio, share
+from osmose.metrics.measures import ON_FEATURES, ON_PROBABILITIES, ON_VALUES, Measure, Measured, neighbour_ratio, share
 from osmose.metrics.real import Part, RealSets, draw_real, embed_real
 from osmose.metrics.score import Score, table
 from osmose.metrics.scorecard import Scorecard, Sides
 from osmose.metrics.series import evened, on_grid, roughness
+from osmose.metrics.text import known_words, ngram_distance
 
 __all__ = ["Score", "metric_names", "score_samples", "table"]
 
@@ -27,6 +29,8 @@ BALL_ITEMS = 10_000
 #: Items of each side that are looked up in the whole training part; a median needs no more.
 NEIGHBOUR_QUERIES = 500
 
+#: Of text: the distance of frequencies of two and of three characters in a row.
+ON_TEXT = {f"{name}_tv": Measure(partial(ngram_distance, n=n), "lower") for n, name in ((2, "bigram"), (3, "trigram"))}
 _BALLS = {key: measure for key, measure in ON_FEATURES.items() if key in ("precision", "recall")}
 _WHOLE = {key: measure for key, measure in ON_FEATURES.items() if key not in _BALLS}
 _PUBLISHED = {"fd": "fid", "kid": "kid", "precision": "precision", "recall": "recall", "score": "is"}
@@ -38,6 +42,8 @@ def metric_names(spec: DataSpec, features: FeatureNetwork | None) -> dict[str, s
 
     `fid`, `kid`, `is`, `precision` and `recall` exist only with the verified Inception network of 2015.
     """
+    if spec.kind == "text":
+        return {key: key for key in (*ON_TEXT, "known_words")}
     names: dict[str, str] = {}
     if features is not None:
         published = not features.suffix
@@ -109,8 +115,12 @@ def score_samples(
     if network is not None and not names.keys().isdisjoint({*ON_FEATURES, *ON_PROBABILITIES, "label_clf"}):
         _add_features(card, samples, labels, dataset, real, network, m, seed)
     sides = Sides.of(samples, real.items, real).at_most(VALUE_ITEMS, seed)
-    card.add(ON_VALUES, sides.map(lambda x: spec.encode(x).flatten(1)))
-    _add_neighbours(card, samples, dataset, seed)
+    if spec.kind == "text":
+        card.add(ON_TEXT, sides)
+        card.put("known_words", lambda: known_words(samples, dataset.held_out, dataset), "higher", n, m)
+    else:
+        card.add(ON_VALUES, sides.map(lambda x: spec.encode(x).flatten(1)))
+        _add_neighbours(card, samples, dataset, seed)
     _add_roughness(card, *as_drawn, reference)
 
     found = real.reference.stop

@@ -194,7 +194,7 @@ def record(run: Run, evaluation: Evaluation) -> None:
 
 
 #: Metrics that sum up data, the best first: FID where it exists, then a classifier's, then plain distances.
-HEADLINES = ("fid", "fd_clf", "fd_inception-unverified", "sw2")
+HEADLINES = ("fid", "fd_clf", "fd_inception-unverified", "sw2", "trigram_tv")
 
 
 def headline(evaluations: Sequence[Evaluation]) -> str:

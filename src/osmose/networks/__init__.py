@@ -22,6 +22,11 @@ NETWORKS = Registry(
             "osmose.networks.dit:DiTConfig",
             "transformer over patches, a residual stack that time and class modulate; may be cut into blocks",
         ),
+        "text": ("osmose.networks.text:TextConfig", "transformer over characters, some of them masked"),
+        "causal-text": (
+            "osmose.networks.text:CausalTextConfig",
+            "transformer over noisy embeddings of characters and the clean ones before",
+        ),
         "experts": (
             "osmose.networks.experts:ExpertsConfig",
             "networks that share the noise levels among them, as osmose train blocks makes them",

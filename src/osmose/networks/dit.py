@@ -42,23 +42,24 @@ class DiTConfig(StackConfig):
         return DiT(self, event_shape, num_classes, num_outputs)
 
 
-class _Layer(nn.Module):
+class Layer(nn.Module):
     """Attention and MLP on tokens (B, T, width), told an embedding (B, width)."""
 
-    def __init__(self, config: DiTConfig):
+    def __init__(self, width: int, heads: int, mlp_ratio: int):
         super().__init__()
-        width, self.heads = config.width, config.heads
+        self.heads = heads
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.qkv, self.out = Linear(width, 3 * width), Linear(width, width)
-        hidden = config.mlp_ratio * width
+        hidden = mlp_ratio * width
         self.mlp = nn.Sequential(Linear(width, hidden), nn.GELU(approximate="tanh"), Linear(hidden, width))
         self.modulation = near_zero_(Linear(width, 6 * width))
 
-    def forward(self, h: Tensor, told: Tensor) -> Tensor:
+    def forward(self, h: Tensor, told: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Tokens, what all are told, and which tokens each may see, bool (T, T), all if None."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(told)[:, None].chunk(6, -1)
         x = self.norm(h) * (1 + scale1) + shift1
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        h = h + gate1 * self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        h = h + gate1 * self.out(F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2))
         return h + gate2 * self.mlp(self.norm(h) * (1 + scale2) + shift2)
 
 
@@ -89,7 +90,7 @@ class DiT(nn.Module):
         self.register_buffer("places", _places(grid[0] // patch, grid[1] // patch, width), persistent=False)
         self.time = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
         self.classes = Classes(num_classes, width) if num_classes else None
-        self.blocks = nn.ModuleList(_Layer(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Layer(width, config.heads, config.mlp_ratio) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = near_zero_(Linear(width, 2 * width))
         self.head = near_zero_(Linear(width, self.outputs * patch**2))
