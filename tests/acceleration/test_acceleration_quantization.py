@@ -9,8 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from osmose.acceleration import quantization, ranges
+from osmose.acceleration.plan import plan
 from osmose.acceleration.precision import Switch, deviation, intervals, labels_of, search, switched
 from osmose.acceleration.quantization import Quantization, QuantizationConfig, Tutored, quantize
+from osmose.acceleration.teaching import taught_config
 from osmose.configuration import ConfigError
 from osmose.errors import UserError
 from osmose.gaussian.draws import StepDraws
@@ -24,6 +26,7 @@ from osmose.networks.integers import IntegerLayer
 from osmose.networks.quantized import BF16
 from osmose.training.run import Run, load
 from osmose.training.runtime import networks_of
+from osmose.training.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("default")
 UNET = {"network.channels": 8, "network.mult": [1, 2], "network.attention": [4], "network.blocks": 1}
@@ -389,8 +392,15 @@ def test_runs_that_cannot_be_quantized_are_named(tmp_path, made, mlp):
     with pytest.raises(UserError, match="gaussian has no network that is told its time"):
         quantize(other, tmp_path / "q", progress=False)
     twice = quantize(mlp, tmp_path / "once", progress=False, **QUICK)
-    with pytest.raises(UserError, match=r"is quantized already \(quantized\)"):
+    with pytest.raises(UserError, match="is quantized already"):
         quantize(twice, tmp_path / "q", progress=False)
+    for refused in (
+        lambda: Trainer(twice, mlp.config.data.load()),
+        lambda: plan(twice.config, twice.as_parent(), "tract", {"schedule": [4, 1]}),
+        lambda: taught_config(twice.config, twice.as_parent(), "scd", {}, 0.5),
+    ):
+        with pytest.raises(UserError, match=r"once: is quantized, and .*; take the run that it was made from"):
+            refused()
     with pytest.raises(UserError, match="no quantization was begun here"):
         Quantization.open(tmp_path / "nothing", mlp)
     assert not (tmp_path / "q").exists()

@@ -22,6 +22,7 @@ from osmose.methods.students import DistilledConfig, Groups, StudentConfig, num_
 from osmose.methods.time_distillation import TimeDistillationConfig
 from osmose.training.config import Parent, RunConfig, TrainingConfig
 from osmose.training.recipes import checked, training_for
+from osmose.training.run import require_real
 
 #: The teacher's steps where the user names none, by solver. So many steps of DDIM are nearly as good as a thousand, and
 #: the fewer steps a jump has to be learned through, the faster it is learned.
@@ -146,6 +147,7 @@ def plan(teacher: RunConfig, parent: Parent, method: str, said: Mapping[str, Any
     """
     if method not in STEPWISE:
         raise UserError(f"method: {method!r} is not valid: should be one of {', '.join(DISTILLED)}")
+    require_real(teacher.method, parent.folder, "teaches no student, which begins as it is")
     options = Options.parse({name: value for name, value in said.items() if name in Options.model_fields})
     training = {n.removeprefix("training."): value for n, value in said.items() if n.startswith("training.")}
     changes = {n: v for n, v in said.items() if n not in Options.model_fields and not n.startswith("training.")}

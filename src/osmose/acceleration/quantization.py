@@ -51,7 +51,7 @@ from osmose.networks import graphs
 from osmose.networks.base import NetworkConfig
 from osmose.networks.experts import Experts, ExpertsConfig
 from osmose.networks.integers import Inputs, IntegerLayer, RoundedLayer
-from osmose.networks.quantized import BF16, BF16Config, QuantizedConfig
+from osmose.networks.quantized import BF16, BF16Config, QuantizedConfig, in_fewer_bits
 from osmose.training import files
 from osmose.training.config import RunConfig
 from osmose.training.progress import Progress, sampling_bar
@@ -205,15 +205,15 @@ class Quantization:
         """Refuse what cannot be done, before anything is written."""
         method, config = self.source.config.method, self.config
         model = self.source.model(runtime="torch")
-        if not networks_of(model) or (getattr(method, "network", None) is None and not hasattr(method, "model")):
+        network = method.network_config
+        if not networks_of(model) or network is None:
             raise UserError(
                 f"RUN: {method.kind} has no network that is told its time by a label; runs of ddpm, iddpm, edm, of "
                 "consistency models and distilled ones can be quantized"
             )
-        for network in _networks(method):
-            if isinstance(network, QuantizedConfig | BF16Config):
-                raise UserError(f"RUN: {self.source.folder} is quantized already ({network.kind})")
-        if (config.ends is not None or config.budget is not None) and isinstance(_networks(method)[0], ExpertsConfig):
+        if in_fewer_bits(network):
+            raise UserError(f"RUN: {self.source.folder} is quantized already")
+        if (config.ends is not None or config.budget is not None) and isinstance(network, ExpertsConfig):
             raise UserError("ends: experts share the steps among themselves already; quantize them all alike")
         if config.tuning is not None and not isinstance(model, Diffusion):
             raise UserError(f"tuning: {method.kind} has no training to go on with; runs of ddpm, iddpm and edm have")
@@ -477,18 +477,10 @@ def quantize(
     return Run.open(out)
 
 
-def _networks(method: MethodConfig) -> list[NetworkConfig]:
-    """The network of a method, or of the diffusion that it is like."""
-    inner_method = getattr(method, "model", None)
-    if inner_method is not None:
-        return _networks(inner_method)
-    network: NetworkConfig | None = getattr(method, "network", None)
-    return [] if network is None else [network]
-
-
 def _leaves(method: MethodConfig) -> list[NetworkConfig]:
     """The networks themselves: of experts, the parts."""
-    (network,) = _networks(method)
+    network = method.network_config
+    assert network is not None, "refused before"
     return list(network.parts) if isinstance(network, ExpertsConfig) else [network]
 
 

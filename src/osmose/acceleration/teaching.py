@@ -29,7 +29,7 @@ from osmose.training.config import Parent, RunConfig, TrainingConfig
 from osmose.training.optimizers import suited_to
 from osmose.training.progress import Progress, sampling_bar
 from osmose.training.recipes import checked, spread, training_for
-from osmose.training.run import Run, data_of, require_free
+from osmose.training.run import Run, data_of, require_free, require_real
 from osmose.training.trainer import Trainer, built
 
 #: What the methods take over from the run that they begin with; a head may be changed.
@@ -95,6 +95,7 @@ def taught_config(
         raise UserError(f"{origin.kind}: is no diffusion that {method} can begin with; ddpm, iddpm and edm are")
     if method in TAUGHT and isinstance(origin, ConsistencyConfig):
         raise UserError(f"{origin.kind}: is no diffusion with a flow to learn; ddpm, iddpm and edm are")
+    require_real(origin, parent.folder, "teaches no student, which begins as it is")
     cls = METHODS.resolve(method)
     short = {"steps": "training.steps", "lr": "training.lr"}
     changes = {short.get(name, name): value for name, value in said.items() if name != "seed"}

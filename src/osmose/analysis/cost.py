@@ -16,6 +16,7 @@ from osmose.gaussian.draws import StepDraws
 from osmose.methods.base import GenerativeModel
 from osmose.methods.messages import Batch
 from osmose.methods.students import Students
+from osmose.networks.integers import IntegerLayer
 from osmose.training.config import TrainingConfig
 from osmose.training.ema import EMA
 from osmose.training.optimizers import Work
@@ -63,7 +64,11 @@ def num_parameters(module: nn.Module) -> int:
     """
     if isinstance(module, Students):
         module = module.student(module.sampling().num_steps)
-    return sum(parameter.numel() for parameter in module.parameters())
+    learned = sum(parameter.numel() for parameter in module.parameters())
+    for layer in module.modules():
+        if isinstance(layer, IntegerLayer):
+            learned += layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel())
+    return learned
 
 
 def macs_of(model: GenerativeModel) -> int:

@@ -113,6 +113,7 @@ def subject_of(run: Run, name: str) -> Subject:
         UserError: no parameters that are trained, or weights that cannot be read.
     """
     kind = run.config.method.kind
+    run.require_real("has no weights that could be moved")
     # `Run.model` may give the same model to others: nobody else's is moved.
     model = copy.deepcopy(run.model())
     if not _trained(model):

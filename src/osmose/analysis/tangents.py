@@ -226,6 +226,7 @@ def tangents(
 
 
 def _denoising(run: Run, device: torch.device | str) -> Diffusion | Consistency:
+    run.require_real("integers have no derivative")
     model = run.model(device)
     if not isinstance(model, Diffusion | Consistency):
         kind = run.config.method.kind

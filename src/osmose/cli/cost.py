@@ -60,6 +60,7 @@ class Cost:
             raise UserError(f"--out: {out} is a file; name a folder")
         where = device(self.device)
         for run in runs:  # what is wrong with the last one is said before the first is measured
+            run.require_real("has no training whose cost could be told")
             try:
                 run.config.training.replace(batch_size=self.batch_size or run.config.training.batch_size)
             except ConfigError as error:

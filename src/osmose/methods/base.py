@@ -54,6 +54,12 @@ class MethodConfig(Config, ABC):
         """The command that one would give a run next, with {run} for its folder."""
         return "osmose sample {run} -n 64 --out samples.png"
 
+    @property
+    def network_config(self) -> NetworkConfig | None:
+        """Of the network that does its work, or that all of several are like; None where there is none."""
+        network: NetworkConfig | None = getattr(self, "network", None)
+        return network
+
     @classmethod
     @abstractmethod
     def recipe(cls, spec: DataSpec, data_std: float) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from osmose.gaussian.solvers import DDIM
 from osmose.methods.base import GenerativeModel, MethodChoice, MethodConfig, SamplingConfig
 from osmose.methods.chain import ChainModel
 from osmose.methods.messages import Batch, LossTerms, Watch
+from osmose.networks.base import NetworkConfig
 
 #: So many groups of equal length, or the last step of each group.
 Groups = int | tuple[int, ...]
@@ -63,6 +64,11 @@ class StudentConfig(MethodConfig):
         if len(set(counts)) < len(counts):
             raise ValueError(f"grids: two have the same number of steps ({', '.join(map(str, counts))})")
         return self
+
+    @property
+    def network_config(self) -> NetworkConfig | None:
+        found: NetworkConfig | None = self.model.network_config
+        return found
 
     def counts(self) -> list[int]:
         """Steps of the first teacher, and of each student in turn."""

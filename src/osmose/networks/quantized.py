@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from osmose.configuration import ConfigError
 from osmose.networks import NETWORKS
 from osmose.networks.base import NetworkConfig
+from osmose.networks.experts import ExpertsConfig
 from osmose.networks.integers import Form, Inputs, IntegerLayer, RoundedLayer
 
 InnerChoice = Annotated[SerializeAsAny[NetworkConfig], BeforeValidator(NETWORKS.parse)]
@@ -59,6 +60,13 @@ class BF16Config(NetworkConfig):
 
     def build(self, event_shape: tuple[int, ...], *, num_classes: int | None = None, num_outputs: int = 1) -> nn.Module:
         return BF16(self.network.build(event_shape, num_classes=num_classes, num_outputs=num_outputs))
+
+
+def in_fewer_bits(config: NetworkConfig) -> bool:
+    """Whether a network, or a part of experts, has weights that cannot be trained: integers, or bf16."""
+    if isinstance(config, ExpertsConfig):
+        return any(in_fewer_bits(part) for part in config.parts)
+    return isinstance(config, BF16Config) or (isinstance(config, QuantizedConfig) and config.form == "integers")
 
 
 class BF16(nn.Module):

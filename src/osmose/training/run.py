@@ -24,7 +24,8 @@ from torch import Tensor
 from osmose.configuration import ConfigError
 from osmose.data.dataset import Dataset
 from osmose.errors import UserError
-from osmose.methods.base import GenerativeModel
+from osmose.methods.base import GenerativeModel, MethodConfig
+from osmose.networks.quantized import in_fewer_bits
 from osmose.training import files
 from osmose.training.config import Parent, RunConfig
 from osmose.training.runtime import Runtime, chosen
@@ -82,6 +83,14 @@ class Run:
             return cls(folder, RunConfig.parse(values))
         except ConfigError as error:
             raise UserError(f"{folder / 'config.json'}: {error}") from None
+
+    def require_real(self, what: str) -> None:
+        """Refuse a run whose network has integer weights, or bf16.
+
+        Raises:
+            UserError: saying what cannot be done with it.
+        """
+        require_real(self.config.method, str(self.folder), what)
 
     @property
     def weights(self) -> Path:
@@ -150,6 +159,17 @@ class Run:
         files.sweep(self.folder)
         kept = [line for line in self.metrics() if line["step"] <= step]
         files.write_bytes(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def require_real(method: MethodConfig, name: str, what: str) -> None:
+    """Refuse a method whose network has integer weights, or bf16; `what` cannot be done with it.
+
+    Raises:
+        UserError: naming the run.
+    """
+    network = method.network_config
+    if network is not None and in_fewer_bits(network):
+        raise UserError(f"{name}: is quantized, and {what}; take the run that it was made from")
 
 
 def is_first_process() -> bool:

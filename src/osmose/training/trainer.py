@@ -79,6 +79,7 @@ class Trainer:
             raise UserError(f"data: {dataset.source!r} is not the data this run was made with (its hash differs)")
         if run.config.method.kind in COMPOSED:
             raise UserError(f"{run.folder}: {run.config.method.kind} is put together, not trained: nothing to continue")
+        run.require_real("has nothing to train")
         AcceleratorState._reset_state()  # accelerate keeps the precision of the first run in a process for all others
         model = model if model is not None else built(run.config)
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
