@@ -1,5 +1,6 @@
 """Quantisation of runs: ranges by sampling, training with rounded weights, precision by step, integers in OpenVINO."""
 
+import copy
 import json
 import warnings
 
@@ -7,12 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.autograd import forward_ad
 
 from osmose.acceleration import quantization, ranges
 from osmose.acceleration.plan import plan
-from osmose.acceleration.precision import Switch, deviation, intervals, labels_of, search, switched
-from osmose.acceleration.quantization import Quantization, QuantizationConfig, Tutored, quantize
+from osmose.acceleration.precision import Switch, deviation, drawn, intervals, labels_of, search
+from osmose.acceleration.quantization import Quantization, quantize
+from osmose.acceleration.quantization_plan import QuantizationConfig
 from osmose.acceleration.teaching import taught_config
+from osmose.acceleration.tutoring import Tutored
 from osmose.configuration import ConfigError
 from osmose.errors import UserError
 from osmose.gaussian.draws import StepDraws
@@ -80,7 +84,7 @@ def test_a_run_of_integers_is_a_run(tmp_path, unet):
     assert run.weights.stat().st_size < 0.5 * unet.weights.stat().st_size
     assert (tmp_path / "q" / "samples" / "beside.png").is_file()
     # Weights and samples are the same when they are read again.
-    one, other = run.model(runtime="torch"), load(tmp_path / "q", runtime="torch")
+    one, other = run.model(), load(tmp_path / "q", runtime="torch")
     assert torch.equal(one.sample(4, seed=1).data, other.sample(4, seed=1).data)
     stored = load_file(run.weights)
     assert stored["denoiser.network.mid_block.resnets.0.conv1.weight"].dtype is torch.int8
@@ -95,11 +99,11 @@ def test_weights_of_another_network_are_refused(tmp_path, unet):
     name = "denoiser.network.mid_block.resnets.0.conv1.weight_scale"
     save_file({key: value for key, value in stored.items() if key != name}, run.weights)
     with pytest.raises(UserError, match=f"has no tensor '{name}'"):
-        run.model(runtime="torch")
+        run.model()
 
 
 def test_ranges_hold_what_the_sampler_meets(unet):
-    model = unet.model(runtime="torch")
+    model = unet.model()
     network, shape = model.denoiser.network, model.spec.shape
     sees = ranges.inner(network, shape, model.device)
     assert sees.between[0] == "down_blocks.0.resnets.0.conv1"
@@ -134,7 +138,7 @@ def test_other_sources_are_other_ranges(mlp):
     dataset = mlp.config.data.load()
     widths = {}
     for source in ("sampler", "forward", "noise", "data"):
-        model = mlp.model(runtime="torch")
+        model = mlp.model()
         layer, seen = model.denoiser.network.stem, []
         layer.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0].std().item()))
         ranges.run_through(model, source, 16, 0, dataset)
@@ -146,7 +150,7 @@ def test_other_sources_are_other_ranges(mlp):
 
 
 def test_zeros_alone_are_said_and_nothing_at_all_is_refused(unet):
-    model = unet.model(runtime="torch")
+    model = unet.model()
     wrapped = Quantization(unet.folder, unet, QuantizationConfig(**QUICK))
     rounded = wrapped._with(wrapped._layers(model), "rounded")
     network = model.denoiser.network
@@ -165,7 +169,7 @@ def test_zeros_alone_are_said_and_nothing_at_all_is_refused(unet):
 
 
 def test_biases_take_the_mean_error(unet):
-    model = unet.model(runtime="torch")
+    model = unet.model()
     made = Quantization(unet.folder, unet, QuantizationConfig(items=8, weight_bits=3))
     rounded = made._with(made._layers(model), "rounded")
     networks, forms = [model.denoiser.network], [quantization._rounded_layers(rounded.denoiser.network)]
@@ -174,30 +178,33 @@ def test_biases_take_the_mean_error(unet):
         ranges.run_through(model, "sampler", 8, 0, None)
 
     ranges.observe(networks, forms, run)
-    first = {error.name: error.relative for error in ranges.correct_bias(networks, forms, run)}
-    before = {name: layer.bias.clone() for name, layer in forms[0].items()}
-    second = {error.name: error.relative for error in ranges.correct_bias(networks, forms, run)}
-    for name, layer in forms[0].items():  # nothing is left for a second time
-        torch.testing.assert_close(layer.bias, before[name], rtol=1e-4, atol=1e-4)
-        assert second[name] == pytest.approx(first[name], rel=1e-3)
+    before = ranges.layer_errors(networks, forms, run)[0]
+    ranges.correct_biases(forms, [before])
+    after = ranges.layer_errors(networks, forms, run)[0]
+    assert any(float(error.mean.abs().max()) > 1e-3 for error in before.values())
+    for name, error in after.items():
+        assert float(error.mean.abs().max()) < 1e-4
+        assert error.relative == pytest.approx(before[name].left, rel=1e-3, abs=1e-5)
+        assert error.relative <= before[name].relative * (1 + 1e-6)
 
 
 def test_a_teacher_that_is_the_student_teaches_nothing(mlp):
-    model, dataset = mlp.model(runtime="torch"), mlp.config.data.load()
+    model, dataset = mlp.model(), mlp.config.data.load()
     model.train()
     batch = Batch.of(dataset, "train", torch.arange(6), False, "cpu")
 
     def gradients(weight, teacher):
-        lesson = Tutored(model, [teacher.denoiser.network], weight).train()
+        lesson = Tutored(model, teacher, weight).train()
         model.zero_grad()
         terms = lesson(batch, StepDraws(0, 0, 0, 6, 6))
         terms.per_item.mean().backward()
+        lesson.end()
         return terms.parts["distillation"], [p.grad.clone() for p in model.parameters()]
 
-    distance, with_lesson = gradients(1.0, mlp.model(runtime="torch"))
+    distance, with_lesson = gradients(1.0, mlp.model())
     assert torch.equal(distance, torch.zeros(6))
     assert all(torch.equal(a, b) for a, b in zip(with_lesson, gradients(0.0, mlp.model())[1], strict=True))
-    other = mlp.model(runtime="torch")
+    other = mlp.model()
     with torch.no_grad():
         other.denoiser.network.stem.weight.mul_(1.1)
     distance, moved = gradients(1.0, other)
@@ -205,12 +212,17 @@ def test_a_teacher_that_is_the_student_teaches_nothing(mlp):
     assert not all(torch.equal(a, b) for a, b in zip(with_lesson, moved, strict=True))
 
 
-def test_training_moves_rounded_weights_and_continues_where_it_was_stopped(tmp_path, mlp, monkeypatch):
+def test_training_moves_rounded_weights_and_continues_where_it_was_stopped(tmp_path, mlp, made, monkeypatch):
     few = {"inputs": "static", "bits": 4, "items": 8, "weight_bits": 3}
     tuning = {"steps": 30, "lr": 1e-3, "batch_size": 16}
     whole = quantize(mlp, tmp_path / "whole", progress=False, tuning=tuning, **few)
     alone = quantize(mlp, tmp_path / "alone", progress=False, **few)
     assert whole.hash() != alone.hash()
+    (first, *_), (last, *_) = (
+        [layer["scale"] for layer in found(tmp_path / name)["layers"] if "scale" in layer]
+        for name in ("alone", "whole")
+    )
+    assert first != last  # what is said of layers is what they are after training
     log = whole.metrics()
     assert log[-1]["step"] == 30
     assert "distillation" in log[0]
@@ -226,43 +238,45 @@ def test_training_moves_rounded_weights_and_continues_where_it_was_stopped(tmp_p
             stopped.append(15)
         advance(self, stopped)
 
-    made = Quantization.begin(tmp_path / "stopped", mlp, QuantizationConfig(tuning=tuning, **few))
+    begun = Quantization.begin(tmp_path / "stopped", mlp, QuantizationConfig(tuning=tuning, **few))
     monkeypatch.setattr(trainer.Trainer, "advance", stopping)
-    assert not made.carry_out(mlp.config.data.load(), progress=False)
+    assert not begun.carry_out(mlp.config.data.load(), progress=False)
     monkeypatch.setattr(trainer.Trainer, "advance", advance)
     with pytest.raises(UserError, match="a quantization that is not finished; osmose quantize RUN --out"):
         Run.open(tmp_path / "stopped")
+    with pytest.raises(UserError, match=r"stopped: is made from another run, 'run', than .*other"):
+        quantize(made(tmp_path / "other", "ddpm", MLP | {"network.depth": 1}), tmp_path / "stopped", resume=True)
     again = quantize(mlp, tmp_path / "stopped", resume=True, progress=False)
     assert again.hash() == whole.hash()
 
 
-def test_steps_at_both_ends(tmp_path, mlp):
-    real = mlp.model(runtime="torch")
-    right = real.sample(6, seed=3).data
-    none = quantize(mlp, tmp_path / "none", progress=False, bits=4, **QUICK).model(runtime="torch")
-    low = none.sample(6, seed=3).data
-    for k, expected in ((0, low), (3, right)):  # 5 steps: 2 k > 5 is refused, the middle one is one step
-        if k == 3:
-            with pytest.raises(UserError, match="ends: 3 steps at each end are more than the 5 steps of the chain"):
-                quantize(mlp, tmp_path / "many", progress=False, ends=3, **QUICK)
-            labels = labels_of(real)
-            assert intervals(labels, labels) == ((), (0,))
-            continue
-        model = quantize(mlp, tmp_path / f"ends{k}", progress=False, bits=4, ends=k, **QUICK).model(runtime="torch")
-        assert torch.equal(model.sample(6, seed=3).data, expected)
-    model = quantize(mlp, tmp_path / "one", progress=False, bits=4, ends=1, **QUICK).model(runtime="torch")
-    network, calls = model.denoiser.network, []
-    assert isinstance(network, Experts)
-    for index, part in enumerate(network.parts):
+def test_steps_at_both_ends(tmp_path, mlp, made):
+    few = made(tmp_path / "few", "ddpm", {**MLP, "sampling.num_steps": 4})
+    right = drawn(few.model(), 6, 3)
+
+    def samples(name, **options):
+        run = quantize(few, tmp_path / name, progress=False, bits=4, **QUICK, **options)
+        return run, drawn(run.model(), 6, 3)
+
+    low = samples("low")[1]
+    assert torch.equal(samples("none", ends=0)[1], low)
+    whole, all_high = samples("all", ends=2)  # of four steps, all
+    assert torch.equal(all_high, right)
+    assert not [layer for layer in whole.model().modules() if isinstance(layer, IntegerLayer)]
+    one, mixed = samples("one", ends=1)
+    model, calls = one.model(), []
+    assert isinstance(model.denoiser.network, Experts)
+    for index, part in enumerate(model.denoiser.network.parts):
         part.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
-    mixed = model.sample(6, seed=3).data
-    assert calls == [0, 1, 1, 1, 0]
+    assert torch.equal(drawn(model, 6, 3), mixed)
+    assert calls == [0, 1, 1, 0]  # 2 k of the one, N - 2 k of the other
     assert not torch.equal(mixed, low)
     assert not torch.equal(mixed, right)
-    # All steps in high precision: a chain of 4 has its 2 at each end.
-    with switched(real, [none.denoiser.network]) as (switch,):
-        switch.high_labels = frozenset(labels_of(real))
-        assert torch.equal(real.sample(6, seed=3).data, right)
+    assert torch.equal(samples("named", at=[4, 1])[1], mixed)
+    with pytest.raises(UserError, match="at: there is no step 5; they are 1 to 4"):
+        samples("no", at=[5])
+    with pytest.raises(UserError, match="ends: 3 steps at each end are more than the 5 steps of the chain"):
+        quantize(mlp, tmp_path / "many", progress=False, ends=3, **QUICK)
 
 
 def test_intervals_lie_half_way_between_labels():
@@ -286,11 +300,11 @@ class Erring(nn.Module):
 
 
 def test_precision_goes_where_errors_are(mlp):
-    model = mlp.model(runtime="torch")
+    model = mlp.model()
     labels = labels_of(model)
     assert len(labels) == 5
     bad = {labels[1]: 0.3, labels[3]: 0.1}
-    low = Erring(mlp.model(runtime="torch").denoiser.network, lambda label: bad.get(label, 0.02))
+    low = Erring(mlp.model().denoiser.network, lambda label: bad.get(label, 0.02))
     all_low = search(model, [low], budget=10.0, items=8)
     assert all_low.high == ()
     assert all_low.deviation == all_low.low < 10
@@ -298,9 +312,16 @@ def test_precision_goes_where_errors_are(mlp):
     assert found_.high == (labels[1],)
     assert found_.deviation <= 0.9 * all_low.groups[1].deviation
     assert [group.labels for group in found_.groups] == [(label,) for label in labels]
+    pairs = search(model, [low], budget=10.0, items=8, most_groups=3)
+    assert [group.labels for group in pairs.groups] == [tuple(labels[:2]), tuple(labels[2:4]), (labels[4],)]
     everything = search(model, [low], budget=1e-9, items=8)
-    assert set(everything.high) == {label for g in everything.groups if g.deviation > 0 for label in g.labels}
+    assert everything.high == tuple(labels)
     assert everything.deviation == 0.0
+    # Where high precision is not exact, no choice keeps a small budget, and it is said what is left.
+    right = drawn(model, 8, 0) + 0.1
+    assert search(model, [low], budget=1e-9, items=8, right=right).deviation == pytest.approx(
+        deviation(right - 0.1, right), rel=1e-4
+    )
     assert not isinstance(model.denoiser.network, Switch)  # it is left as it was
 
 
@@ -345,27 +366,41 @@ def test_deviation_is_in_deviations_of_the_right_ones():
     assert deviation(5 * right, 5 * right) == 0.0
 
 
-def test_experts_and_students_are_quantized_part_by_part(tmp_path, made):
+def test_experts_are_quantized_part_by_part(tmp_path, made):
     parts = [{"kind": "mlp", "width": 16, "depth": 1}] * 2
     blocks = made(
         tmp_path / "blocks", "edm",
         {"network": {"kind": "experts", "parts": parts, "edges": [0.0]}, "sampling.num_steps": 6},
     )  # fmt: skip
     run = quantize(blocks, tmp_path / "q", progress=False, **QUICK)
-    model = run.model(runtime="torch")
-    assert [type(holder) for holder, _, _ in networks_of(model)] == [nn.ModuleList] * 2
+    assert [type(holder) for holder, _, _ in networks_of(run.model())] == [nn.ModuleList] * 2
     assert {layer["network"] for layer in found(tmp_path / "q")["layers"]} == {0, 1}
     with pytest.raises(UserError, match="experts share the steps among themselves already"):
         quantize(blocks, tmp_path / "no", ends=1, progress=False, **QUICK)
+    # They are taught as a whole: each item by the part that it belongs to.
+    tuned = quantize(blocks, tmp_path / "t", progress=False, tuning={"steps": 2, "batch_size": 8}, **QUICK)
+    assert tuned.hash() != run.hash()
+
+
+def test_students_are_quantized_for_every_grid(tmp_path, mlp):
+    from osmose.acceleration.distill import distill
+
+    said = {"schedule": [4, 2, 1], "steps": 2, "training.batch_size": 8, "parametrization": "v"}
+    students = distill(mlp, tmp_path / "students", progress=False, **said)
+    run = quantize(students, tmp_path / "q", progress=False, ends=0, **QUICK)
+    model = run.model()
+    assert [len([m for m in s.modules() if isinstance(m, IntegerLayer)]) > 0 for s in model.students] == [True, True]
+    for steps in (1, 2):
+        assert model.sample(2, num_steps=steps).nfe == steps
 
 
 def test_bf16_is_half_the_size(tmp_path, unet):
     run = quantize(unet, tmp_path / "half", to="bf16", progress=False)
-    assert isinstance(run.model(runtime="torch").denoiser.network, BF16)
+    assert isinstance(run.model().denoiser.network, BF16)
     assert run.weights.stat().st_size < 0.6 * unet.weights.stat().st_size
     assert 0 < found(tmp_path / "half")["deviation"] < 0.1
     mixed = quantize(unet, tmp_path / "mixed", ends=1, high="bf16", progress=False, **QUICK)
-    assert isinstance(mixed.model(runtime="torch").denoiser.network.parts[0], BF16)
+    assert isinstance(mixed.model().denoiser.network.parts[0], BF16)
 
 
 @pytest.mark.parametrize(
@@ -376,6 +411,8 @@ def test_bf16_is_half_the_size(tmp_path, unet):
         ({"items": 0}, "items"),
         ({"ends": 1, "budget": 0.1}, "budget: given, and ends too"),
         ({"to": "bf16", "bits": 4}, "bits: given, and is of int8"),
+        ({"to": "bf16", "items": 3}, "items: given, and is of int8"),
+        ({"high": "bf16"}, "high: bf16 given, and no step is in high precision"),
         ({"keep": ["nothing*"]}, "keep: 'nothing\\*' matches no layer; they are blocks.0"),
         ({"keep": ["*"]}, "no layer is left to quantize"),
         ({"ends": 3}, "ends: 3 steps at each end are more than the 5 steps"),
@@ -389,7 +426,10 @@ def test_refusals_write_nothing(tmp_path, mlp, options, said):
 
 def test_runs_that_cannot_be_quantized_are_named(tmp_path, made, mlp):
     other = made(tmp_path / "gaussian", "gaussian", {})
-    with pytest.raises(UserError, match="gaussian has no network that is told its time"):
+    with pytest.raises(UserError, match="a run of gaussian cannot be quantized; those of ddpm, iddpm, edm"):
+        quantize(other, tmp_path / "q", progress=False)
+    other = made(tmp_path / "implicit", "edm", {"network": "implicit", "network.width": 8})
+    with pytest.raises(UserError, match="network: a Implicit has no graph here"):
         quantize(other, tmp_path / "q", progress=False)
     twice = quantize(mlp, tmp_path / "once", progress=False, **QUICK)
     with pytest.raises(UserError, match="is quantized already"):
@@ -410,7 +450,7 @@ def test_runs_that_cannot_be_quantized_are_named(tmp_path, made, mlp):
 def test_openvino_computes_the_integers(tmp_path, mlp, monkeypatch):
     run = quantize(mlp, tmp_path / "q", progress=False, **QUICK)
     assert found(tmp_path / "q")["computed_by"] == "openvino"
-    whole, emulated = run.model(), run.model(runtime="torch")
+    whole, emulated = run.model(runtime="auto"), run.model()
     network = whole.denoiser.network
     assert isinstance(network, graphs.Graph)
     layers = [op.get_rt_info()["runtimePrecision"].astype(str) for op in network.compiled.get_runtime_model().get_ops()
@@ -420,15 +460,18 @@ def test_openvino_computes_the_integers(tmp_path, mlp, monkeypatch):
     one, other = network(x, label), emulated.denoiser.network(x, label)
     # A value on the border of two integers may fall to either side.
     assert (one - other).norm() < 0.01 * other.norm()
-    assert torch.equal(whole.sample(4, seed=1).data, run.model().sample(4, seed=1).data)
+    assert torch.equal(whole.sample(4, seed=1).data, load(run.folder).sample(4, seed=1).data)
     with pytest.raises(UserError, match="openvino has no derivatives"):
-        network(x.requires_grad_(), label)
+        network(x.clone().requires_grad_(), label)
+    with forward_ad.dual_level(), pytest.raises(UserError, match="openvino has no derivatives"):
+        network(forward_ad.make_dual(x, torch.ones_like(x)), label)
+    copy.deepcopy(run.model())  # what looks into a model has torch's
     # Eight bits of weights would overflow here without VNNI: torch computes them, and it is said.
     for layer in whole.modules():
         assert not (isinstance(layer, IntegerLayer) and layer.form.weight_bits == 8)
     monkeypatch.setattr(graphs, "overflows", lambda _: True)
     with pytest.warns(UserWarning, match="no VNNI.*its integers are computed as float32 numbers, no faster"):
-        fallen = run.model()
+        fallen = run.model(runtime="auto")
     assert torch.equal(fallen.sample(4, seed=1).data, emulated.sample(4, seed=1).data)
     with pytest.raises(UserError, match="no VNNI"):
         run.model(runtime="openvino")
@@ -438,16 +481,17 @@ def test_openvino_computes_the_integers(tmp_path, mlp, monkeypatch):
     state = {name: (value * 2 if name.endswith("stem.bias") else value) for name, value in stored.items()}
     save_file(state, run.weights)
     with pytest.warns(UserWarning, match="the run has no graphs of its weights"):
-        run.model()
+        run.model(runtime="auto")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert isinstance(run.model(runtime="openvino").denoiser.network, graphs.Graph)
-        assert isinstance(run.model().denoiser.network, graphs.Graph)
+        assert isinstance(run.model(runtime="auto").denoiser.network, graphs.Graph)
 
 
 def test_weights_have_seven_bits_where_the_processor_has_no_vnni(tmp_path, mlp, monkeypatch):
     for have, bits in ((frozenset({"avx2"}), 7), (frozenset({"avx2", "vnni"}), 8)):
-        monkeypatch.setattr(graphs, "instructions", lambda have=have: have)
+        for module in (graphs, quantization):
+            monkeypatch.setattr(module, "instructions", lambda have=have: have)
         made = Quantization.begin(tmp_path / str(bits), mlp, QuantizationConfig(items=4))
         assert made.config.weight_bits == bits
         assert graphs.overflows(made._with(made._layers(mlp.model()), "integers")) is False

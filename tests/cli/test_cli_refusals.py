@@ -259,8 +259,8 @@ def test_places_that_cannot_be_written_are_refused(refused, runs):
     for name in ("file/x.png", "file/x.npz", "file/deeper/x.png", "file/deeper/x.npz"):
         assert "cannot be written" in refused(*words, name)
     assert refused(*words, "folder.png") == "--out: folder.png is a folder"
-    assert "should end in .npz, .csv, .png" in refused(*words, "x.gif")
-    assert "should end in .npz, .csv, .png" in refused(*words, "x")
+    assert "should end in .npz, .csv, .txt, .png" in refused(*words, "x.gif")
+    assert "should end in .npz, .csv, .txt, .png" in refused(*words, "x")
     assert "do not fit in a picture" in refused("sample", "digits", "-n", "100000", "--out", "x.png")
 
 

@@ -202,7 +202,7 @@ def test_archives_and_files_that_cannot_be(tmp_path):
     np.savez(tmp_path / "a.npz", x=x, times=t)
     with pytest.raises(UserError, match=r"columns: .* given, and the series of series:a\.npz, an archive"):
         load(tmp_path / "a.npz", columns=["x"])
-    with pytest.raises(UserError, match=r"window: 4 is for series: data"):
+    with pytest.raises(UserError, match=r"window: 4 is for series: and text: data"):
         DataConfig.parse({"source": "digits", "window": 4}).load()
 
 

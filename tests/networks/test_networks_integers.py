@@ -275,9 +275,9 @@ def test_bf16_networks_keep_their_labels_in_float32():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     half = NETWORKS.parse({"kind": "bf16", "network": CONFIG}).build((1, 8, 8))
     half.network.load_state_dict(real.state_dict())
-    x, label = torch.randn(2, 1, 8, 8), torch.tensor([997.0, 998.0])
+    x, label = torch.randn(2, 1, 8, 8), torch.tensor([999.0, 1000.0])
     out, right = half(x, label), real(x, label)
     assert out.dtype is torch.float32
     assert 0 < (out - right).norm() < 0.05 * right.norm()
-    # In bf16 both labels would be 1000.
+    assert torch.equal(label[:1].bfloat16(), label[1:].bfloat16())
     assert not torch.equal(half(x[:1].expand(2, -1, -1, -1), label)[0], half(x[:1].expand(2, -1, -1, -1), label)[1])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from test_studies_quantize import compose_measures, quantize_measures
 
 from osmose.studies import STUDIES
 from osmose.studies.running import run_study
@@ -56,6 +57,10 @@ def quick_form(tmp_path_factory):
 REPORTED = {"tensor-train": ["Verdict", *(f"## {k}. " for k in range(1, 10))]}
 
 
+#: What rows have to be besides.
+MEASURED = {"quantize": quantize_measures, "compose": compose_measures}
+
+
 @pytest.mark.parametrize("name", STUDIES.entries)
 def test_the_quick_form_of_every_study(name, quick_form):
     outcome = quick_form(name)
@@ -67,6 +72,7 @@ def test_the_quick_form_of_every_study(name, quick_form):
     assert all((outcome.folder / link).is_file() for link in links if not link.startswith("http"))
     assert all(path.stat().st_size > 0 for path in outcome.wrote)
     assert all(heading in page for heading in REPORTED.get(name, ()))
+    MEASURED.get(name, lambda _: None)(outcome.results)
 
 
 def test_killed_and_continued_in_several_processes_is_the_same(tmp_path, quick_form):

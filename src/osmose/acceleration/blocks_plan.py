@@ -12,21 +12,22 @@ networks (a UNet) are not slices of anything: every block has one of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import Field, model_validator
 
 from osmose.configuration import Config, ConfigError
 from osmose.errors import UserError
 from osmose.gaussian.draws import mix
-from osmose.methods.base import MethodConfig
 from osmose.methods.sharing import Partition, Shareable
 from osmose.networks.base import StackConfig
 from osmose.training.config import RunConfig
 
+if TYPE_CHECKING:
+    from osmose.methods.base import MethodConfig
 
-class ShareableMethod(MethodConfig, Shareable):
-    """A method's configuration whose noise can be shared out: for type checkers."""
+    class ShareableMethod(MethodConfig, Shareable):
+        """A method's configuration whose noise can be shared out."""
 
 
 class BlocksPlan(Config):
@@ -68,7 +69,7 @@ class BlocksPlan(Config):
         method = self.whole.method
         if not isinstance(method, Shareable):
             raise ConfigError("whole", f"{method.kind} has no blocks; edm, masked and token-diffusion have")
-        return cast(ShareableMethod, method)
+        return cast("ShareableMethod", method)
 
     @property
     def layers(self) -> int | None:

@@ -1,8 +1,9 @@
 """Which steps of a chain need more precision: found from how far their errors move the samples.
 
 Steps are taken in groups of neighbours. Each group alone is computed in low precision, and the samples are compared
-with those of the same noise in high precision: the squared deviations of all groups add up to about that of all of them
-in low precision. Groups are then given high precision, the worst first, until the samples stay within a budget.
+with those of the same noise in high precision. Squared deviations of all groups add up to about that of all of them in
+low precision, where errors do not pull the same way. Groups are then given high precision, the worst first, until the
+samples stay within a budget.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from osmose.gaussian.draws import SampleDraws
 from osmose.methods.base import GenerativeModel
 from osmose.methods.messages import OnStep
 from osmose.training.runtime import networks_of
 
 #: Groups that steps are taken in, at most.
 _GROUPS = 16
+#: Samples that are drawn at once.
+_BATCH = 256
 
 
 class Switch(nn.Module):
@@ -49,17 +53,25 @@ def labels_of(model: GenerativeModel) -> list[float]:
 
     handles = [network.register_forward_pre_hook(note) for _, _, network in networks_of(model)]
     try:
-        _drawn(model, 1, 0)
+        drawn(model, 1, 0)
     finally:
         for handle in handles:
             handle.remove()
     return list(seen)
 
 
-def _drawn(model: GenerativeModel, items: int, seed: int) -> Tensor:
+def drawn(model: GenerativeModel, items: int, seed: int) -> Tensor:
+    """Samples in the model's units, not brought to the levels of the data, which would hide small differences."""
+    parts = []
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
-        return model.sample(items, seed=seed).data
+        classes = model.classes_for(items, None)
+        for first in range(0, items, _BATCH):
+            count = min(_BATCH, items - first)
+            draws = SampleDraws(seed, first, count, model.device)
+            own = None if classes is None else classes[first : first + count].to(model.device)
+            parts.append(model.generate(draws, model.sampling(), own, lambda *_: None)[0].cpu())
+    return torch.cat(parts).clone()
 
 
 @contextlib.contextmanager
@@ -122,8 +134,11 @@ def search(
     model: GenerativeModel,
     low: Sequence[nn.Module],
     budget: float,
+    *,
+    right: Tensor | None = None,
     items: int = 32,
     seed: int = 0,
+    most_groups: int = _GROUPS,
     on_step: OnStep | None = None,
 ) -> Precision:
     """Find the fewest steps in high precision with which samples deviate no more than a budget.
@@ -132,15 +147,20 @@ def search(
         model: in high precision.
         low: its networks in low precision.
         budget: of `deviation`.
+        right: what samples should be, `drawn` with the same seed; those of the model if None.
         items: samples to compare.
         seed: of their noise.
+        most_groups: in which steps are taken together; as many as there are steps for each by itself.
         on_step: called after each set of samples.
+
+    Returns:
+        With all steps in high precision where no fewer keep the budget, and `deviation` above it where not even these.
     """
     labels = labels_of(model)
-    size = -(-len(labels) // _GROUPS)
+    size = -(-len(labels) // most_groups)
     cut = [tuple(labels[first : first + size]) for first in range(0, len(labels), size)]
-    right = _drawn(model, items, seed)
-    of, done = len(cut) + 1 + max(1, len(cut)).bit_length(), 0
+    right = drawn(model, items, seed) if right is None else right
+    of, done = len(cut) + 2 + max(1, len(cut)).bit_length(), 0
 
     with switched(model, low) as switches:
 
@@ -148,7 +168,7 @@ def search(
             nonlocal done
             for switch in switches:
                 switch.high_labels = frozenset(high)
-            found = deviation(_drawn(model, items, seed), right)
+            found = deviation(drawn(model, items, seed), right)
             done += 1
             if on_step is not None:
                 on_step(min(done, of), of)
@@ -162,14 +182,16 @@ def search(
             chosen = {label for group in worst[:count] for label in group.labels}
             return tuple(label for label in labels if label in chosen)
 
-        few, many, reached = 0, len(worst), {0: whole, len(worst): 0.0}
+        few, many, reached = 0, len(worst), {0: whole}
         if whole > budget:
-            while many - few > 1:  # `few` deviates too much, `many` does not
+            while many - few > 1:  # `few` deviates too much
                 middle = (few + many) // 2
                 reached[middle] = measure(of_first(middle))
                 few, many = (few, middle) if reached[middle] <= budget else (middle, many)
         else:
             many = 0
+        if many not in reached:
+            reached[many] = measure(of_first(many))
     return Precision(groups, of_first(many), reached[many], whole, budget)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
@@ -23,6 +24,7 @@ from osmose.gaussian.parametrization import noised
 from osmose.methods.base import GenerativeModel
 from osmose.methods.diffusion import Diffusion
 from osmose.methods.messages import Batch, OnStep
+from osmose.methods.students import Students
 from osmose.networks.base import Joining
 from osmose.networks.integers import Inputs, RoundedLayer, dequantize, grid_of, quantize, unsigned
 
@@ -129,15 +131,21 @@ class Observer:
             flat = part.float().flatten()
             self.smallest[index] = torch.minimum(self.smallest[index], flat.min().cpu())
             self.largest[index] = torch.maximum(self.largest[index], flat.max().cpu())
-            # A stride that shares no factor with sizes of powers of two: channels and places all get their turn.
-            stride = max(1, len(flat) // _KEPT) | 1
-            self.values[index].append(flat[::stride].cpu())
+            self.values[index].append(flat[_some(len(flat)).to(flat.device)].cpu())
 
     def ranges(self, bits: int) -> tuple[Tensor, Tensor]:
         """The ends of the range with the least error, (parts,) each: where few values lie far out, it leaves them."""
         extremes = zip(self.values, self.smallest.tolist(), self.largest.tolist(), strict=True)
         smallest, largest = torch.tensor([_range(torch.cat(v), low, high, bits) for v, low, high in extremes]).T
         return smallest, largest
+
+
+@functools.lru_cache(64)
+def _some(count: int) -> Tensor:
+    """Places of some of so many values: of all if they are few, else drawn once, so that no channel is passed over."""
+    if count <= _KEPT:
+        return torch.arange(count)
+    return torch.randint(count, (_KEPT,), generator=seeded("places", count))
 
 
 def _range(values: Tensor, smallest: float, largest: float, bits: int) -> tuple[float, float]:
@@ -182,9 +190,12 @@ def run_through(
         UserError: another source than the sampler for a model that has no chain of its own.
     """
     if source == "sampler":
+        # Of students each has a network and a grid of its own.
+        ways: list[dict[str, int]] = [{"num_steps": n} for n in model.grids] if isinstance(model, Students) else [{}]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model.sample(items, seed=mix(seed, "calibration"), on_step=on_step)
+            for way in ways:
+                model.sample(items, seed=mix(seed, "calibration"), on_step=on_step, **way)
         return
     if not isinstance(model, Diffusion) or dataset is None:
         raise UserError(f"calibration: {source!r} is for runs of ddpm, iddpm and edm; use sampler")
@@ -235,54 +246,59 @@ class LayerError(NamedTuple):
     """How far the output of a rounded layer is from that of the layer, for the same inputs.
 
     Attributes:
-        network: which of the networks.
-        name: of the layer.
+        mean: of the difference in every output channel, float64.
         relative: root mean square of the difference, in those of the output.
+        left: the same without the mean.
     """
 
-    network: int
-    name: str
+    mean: Tensor
     relative: float
+    left: float
 
 
-def correct_bias(
+def layer_errors(
     networks: list[nn.Module], forms: list[dict[str, RoundedLayer]], run: Callable[[], None]
-) -> list[LayerError]:
-    """Take the mean error of every output channel into the bias, and say what error is left.
+) -> list[dict[str, LayerError]]:
+    """Measure the errors of rounded layers on what their networks meet.
 
     Args:
         networks: in real numbers.
         forms: of each network, the rounded layers by name.
         run: evaluates the networks.
     """
-    sums: list[dict[str, tuple[Tensor, Tensor, Tensor, int]]] = [{} for _ in networks]
+    sums: list[dict[str, list[Tensor]]] = [{} for _ in networks]
 
     def see(index: int, name: str, x: Tensor, out: Tensor) -> None:
         layer = forms[index][name]
-        error = (out.float() - layer(x)).movedim(layer.axis, -1).flatten(0, -2).double()
+        off = (out.float() - layer(x)).movedim(layer.axis, -1).flatten(0, -2).double()
         right = out.movedim(layer.axis, -1).flatten(0, -2).double()
-        new = (error.sum(0), error.square().sum(0), right.square().sum(0))
+        new = [off.sum(0), off.square().sum(0), right.square().sum(0), torch.tensor(float(len(off)))]
         before = sums[index].get(name)
-        if before is None:
-            sums[index][name] = (*new, len(error))
-        else:
-            one, two, three, count = before
-            sums[index][name] = (one + new[0], two + new[1], three + new[2], count + len(error))
+        sums[index][name] = new if before is None else [a + b for a, b in zip(before, new, strict=True)]
 
-    with contextlib.ExitStack() as stack:
+    with torch.no_grad(), contextlib.ExitStack() as stack:
         for index, (network, rounded) in enumerate(zip(networks, forms, strict=True)):
             inside = layers_of(network)
             watched = {name: inside[name] for name in rounded}
             stack.enter_context(_watching(watched, lambda *told, index=index: see(index, *told)))
         run()
-    errors = []
-    for index, own in enumerate(sums):
+    found: list[dict[str, LayerError]] = []
+    for own in sums:
+        errors = {}
         for name, (total, squares, right, count) in own.items():
-            layer, mean = forms[index][name], total / count
-            if layer.bias is not None:
-                with torch.no_grad():
-                    layer.bias.add_(mean.to(layer.bias))
-                squares = squares - count * mean.square()
-            relative = float((squares.sum() / right.sum().clamp(min=1e-30)).clamp(min=0).sqrt())
-            errors.append(LayerError(index, name, relative))
-    return errors
+            size = right.sum().clamp(min=1e-30)
+            mean = total / count
+            left = (squares - count * mean.square()).sum().clamp(min=0)
+            errors[name] = LayerError(mean, float((squares.sum() / size).sqrt()), float((left / size).sqrt()))
+        found.append(errors)
+    return found
+
+
+@torch.no_grad()
+def correct_biases(forms: list[dict[str, RoundedLayer]], errors: list[dict[str, LayerError]]) -> None:
+    """Take the mean error of every output channel into the bias of layers that have one."""
+    for rounded, own in zip(forms, errors, strict=True):
+        for name, error in own.items():
+            bias = rounded[name].bias
+            if bias is not None:
+                bias.add_(error.mean.to(bias))

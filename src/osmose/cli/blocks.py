@@ -15,6 +15,7 @@ from osmose.errors import UserError
 
 #: Those whose noise can be shared out.
 _METHODS = ("edm", "masked", "token-diffusion")
+_OVERLAP_OF_TEXT = 0.1
 
 
 @dataclass
@@ -34,7 +35,8 @@ class TrainBlocks(Train):
     )
     blocks: Annotated[int | None, arg(help="how many; required")] = None
     overlap: Annotated[
-        float | None, arg(help="how much wider a block's noise is in training, in lengths of its own; 0.05")
+        float | None,
+        arg(help="how much wider a block's noise is in training, in its lengths; 0.05, of text 0.1"),
     ] = None
     partition: Annotated[
         str | None, arg(help="what intervals are equal in: equal-mass, equal-log or equal-sigma; equal-mass")
@@ -68,6 +70,8 @@ class TrainBlocks(Train):
         if dataset.spec.kind == "image" and not {"network", "network.kind"} & set(changes):
             changes["network.kind"] = "dit"
         given: dict[str, Any] = {"count": self.blocks, "overlap": self.overlap, "partition": self.partition}
+        if self.overlap is None and self.method != "edm":
+            given["overlap"] = _OVERLAP_OF_TEXT
         given["split"] = _numbers("split", self.split)
         said = {name: value for name, value in given.items() if value is not None}
         whole = self._config(data, dataset, changes)

@@ -44,7 +44,7 @@ class Compare:
             evaluations = read_evaluations(run)
             if not evaluations:
                 raise UserError(f"{folder}: its weights have not been evaluated yet; run: osmose evaluate {folder}")
-            parameters = num_parameters(run.model(runtime="torch"))
+            parameters = num_parameters(run.model())
             rows += [Row(run, parameters, evaluation) for evaluation in evaluations]
         rows = same_count(rows)
         paths = write_comparison(rows, self.out)

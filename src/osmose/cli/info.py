@@ -104,7 +104,7 @@ class Info:
 
         run = Run.open(folder)
         config = run.config
-        model = run.model(runtime="torch") if run.weights.is_file() else config.method.build(config.spec)
+        model = run.model() if run.weights.is_file() else config.method.build(config.spec)
         make_teachable(model)
         cost, costs = _cost(model, config.training)
         evaluations = read_evaluations(run)

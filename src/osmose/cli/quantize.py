@@ -21,8 +21,9 @@ class Quantize:
     as it comes (--inputs dynamic: smaller, not faster). --train goes on training with rounded weights, taught by the
     run itself besides the data. The first and the last layer, and what sees time and class alone, keep real inputs.
 
-    Some steps of the chain may keep their precision: --ends K, at both ends, or as few as it takes for samples to
-    deviate no more than --budget from the run's own of the same noise, in deviations of these from their mean.
+    Some steps of the chain may keep their precision: those --at 1,2,20, --ends K of both ends, or as few as it takes
+    for samples to deviate no more than --budget from the run's own of the same noise, in deviations of these from
+    their mean.
 
     The result is a run: sample, evaluate --against RUN and all else work. `osmose[export]` has OpenVINO.
     """
@@ -46,6 +47,7 @@ class Quantize:
     batch_size: Annotated[int | None, arg(help="of that training; as the run's if not given")] = None
     distillation: Annotated[float | None, arg(help="weight of the run's own answers in that training; 1")] = None
     high: Annotated[str | None, arg(help="what steps that need precision are computed in: fp32 or bf16; fp32")] = None
+    at: Annotated[str | None, arg(metavar="N,N,...", help="steps in high precision, counted from 1")] = None
     ends: Annotated[int | None, arg(metavar="K", help="steps in high precision at each end of the chain")] = None
     budget: Annotated[float | None, arg(help="deviation of samples, as 0.05, by which such steps are found")] = None
     seed: Annotated[int | None, arg(help="of everything random; 0 if not given")] = None
@@ -63,7 +65,8 @@ class Quantize:
             raise UserError(f"--threads: {self.threads} is not valid: must be at least 1")
         import torch
 
-        from osmose.acceleration.quantization import Quantization, QuantizationConfig
+        from osmose.acceleration.quantization import Quantization
+        from osmose.acceleration.quantization_plan import QuantizationConfig
         from osmose.training.run import Run, data_of
         from osmose.training.trainer import DivergedError
 
@@ -74,13 +77,14 @@ class Quantize:
             for name in said:
                 raise UserError(f"--{name}: given, but {self.out} is continued by its own settings; resume without it")
             made = Quantization.open(self.out, source)
+            config = made.config
         else:
-            made = Quantization.begin(self.out, source, QuantizationConfig.parse(said))
-        config, before = made.config, made.finished
-        needs = config.tuning is not None or config.calibration != "sampler"
+            config = QuantizationConfig.parse(said)
         try:
             with quiet_warnings():
-                dataset = data_of(source, self.data_root) if needs else None
+                dataset = data_of(source, self.data_root) if config.needs_data else None
+                made = made if self.resume else Quantization.begin(self.out, source, config)
+                before = made.finished
                 finished = made.carry_out(dataset, progress=not (self.quiet or self.json))
         except DivergedError as error:
             print(f"osmose: {error}", file=sys.stderr)
@@ -96,6 +100,7 @@ class Quantize:
         names = ("inputs", "bits", "weight_bits", "calibration", "items", "high", "ends", "budget", "seed")
         said: dict[str, Any] = {name: getattr(self, name) for name in names}
         said["to"] = None if self.to == "int8" else self.to
+        said["at"] = None if self.at is None else _numbers(self.at)
         said["keep"] = None if self.keep is None else self.keep.split(",")
         said["split"] = False if self.whole else None
         training = {name: getattr(self, name) for name in ("lr", "batch_size", "distillation")}
@@ -112,6 +117,8 @@ class Quantize:
     def _made(self, found: dict[str, Any], before: bool) -> Result:
         size = " to ".join(f"{found['bytes'][name] / 1e6:.2f} MB" for name in ("before", "after"))
         lines = [f"{self.out} is finished already" if before else f"wrote {self.out}: {size}"]
+        from osmose.networks.processor import instructions
+
         config = found["config"]
         if layers := found.get("layers"):
             rounded = [layer for layer in layers if layer["inputs"] != "float"]
@@ -123,6 +130,13 @@ class Quantize:
             )
         if steps := found.get("steps"):
             lines.append(f"{steps['high']} of {steps['of']} steps in {steps['precision']}")
+        precision = found.get("precision")
+        if precision and precision["deviation"] > precision["budget"]:
+            lines.append(
+                f"no choice of steps keeps the budget: {precision['deviation']:.3g} is the least that was found"
+            )
+        if "bf16" in (config["to"], config["high"]) and "bf16" not in instructions():
+            lines.append("this processor has neither AVX512-BF16 nor AMX: bf16 saves bytes here, and no time")
         lines.append(
             f"samples deviate from those of {self.model} by {found['deviation']:.3g} of these' deviations "
             f"({found['samples']} samples of the same noise)"
@@ -131,3 +145,10 @@ class Quantize:
             lines.append("computed by torch, no faster than before: " + found["why_torch"])
         values = {"run": str(self.out), "finished": True, **found}
         return Result(values, lines, f"osmose evaluate {self.out} --against {self.model}")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"--at: {text!r} is not valid: should be whole numbers, as 1,2,20") from None

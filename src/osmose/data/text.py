@@ -32,7 +32,7 @@ def load_text(argument: str, config: DataConfig) -> Dataset:
     else:
         path, source = named_path("text", argument)
         try:
-            text = path.read_bytes().decode()
+            text = path.read_bytes().decode("utf-8-sig")
         except IsADirectoryError:
             raise UserError(f"text:{argument}: a folder; name a file of text") from None
         except UnicodeDecodeError as error:
@@ -45,7 +45,7 @@ def load_text(argument: str, config: DataConfig) -> Dataset:
             f"{source}: {len(alphabet)} different characters; at most {_MOST} can be told apart (letters=true keeps 27)"
         )
     length, stride = config.window or WINDOW, config.stride or config.window or WINDOW
-    codes = torch.from_numpy(np.searchsorted(np.array(list(alphabet)), np.array(list(text))).astype(np.uint8))
+    codes = torch.from_numpy(np.searchsorted(_points(alphabet), _points(text)).astype(np.uint8))
     cut = len(codes) - round(len(codes) * config.held_out)
     parts = [part.unfold(0, length, stride) if len(part) >= length else part[:0] for part in (codes[:cut], codes[cut:])]
     if len(alphabet) < 2 or len(parts[0]) < 2 or len(parts[1]) < 1:
@@ -78,6 +78,10 @@ def python_reference() -> str:
 def texts(data: Tensor, spec: DataSpec) -> list[str]:
     """Items of codes (n, length), data units, as strings."""
     assert spec.alphabet is not None, "of text"
-    letters = np.array(list(spec.alphabet))
-    codes = data.round().long().clamp(0, len(letters) - 1).cpu().numpy()
-    return ["".join(row) for row in letters[codes]]
+    codes = data.round().long().clamp(0, len(spec.alphabet) - 1).tolist()
+    return ["".join(spec.alphabet[code] for code in row) for row in codes]
+
+
+def _points(text: str) -> np.ndarray:
+    """The code points of a text, uint32 (length,)."""
+    return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)

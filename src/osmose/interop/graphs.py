@@ -44,7 +44,7 @@ def export(run: Run, folder: Path | str, target: graphs.Target, num_steps: int |
     require_free(folder)
     if name := graphs.missing(target):
         raise UserError(f"--to {target}: needs {name}; install it with: pip install 'osmose[export]'")
-    model = run.model(runtime="torch")
+    model = run.model()
     if not isinstance(model, Diffusion):
         raise UserError(
             f"RUN: {run.folder} is a run of {run.config.method.kind}; those of ddpm, iddpm and edm are graphs"

@@ -132,7 +132,10 @@ class MaskedConfig(MethodConfig, Shareable):
         return [float(t) for t in self.schedule.time(alphas)]
 
     def widened(self, low: float, high: float, share: float) -> tuple[float, float]:
-        return low - share * (high - low), high + share * (high - low)
+        first, last = (1 - self.schedule.alpha(torch.tensor([low, high], dtype=torch.float64))).tolist()
+        wider = torch.tensor([first - share * (last - first), last + share * (last - first)], dtype=torch.float64)
+        start, stop = self.schedule.time(1 - wider.clamp(0, 1)).tolist()
+        return start, stop
 
     def restricted(self, lowest: float | None, highest: float | None) -> dict[str, Any]:
         return {"lowest": lowest, "highest": highest}
@@ -256,7 +259,7 @@ class Masked(GenerativeModel):
             if not bool(log_p.isfinite().all()):
                 raise UserError("masked: the network answers NaN or infinity; has training diverged?")
             drawn = _drawn(log_p, _uniform(draws, self.spec.shape))
-            lift = (codes == self.symbols) & (_uniform(draws, self.spec.shape) < chance)
+            lift = (codes == self.symbols) & ((_uniform(draws, self.spec.shape) < chance) | (index == 1))
             codes = torch.where(lift, drawn, codes)
             on_step(done, sampling.num_steps)
         return self.spec.from_levels(codes), sampling.num_steps

@@ -158,8 +158,10 @@ class TokenDiffusion(GenerativeModel):
         levels = TimeGrid.of(self.config.schedule, sampling.num_steps, sampling.spacing).levels
         places = [place for place in range(self.length) if bool(missing[:, place].any())]
         on_step(0, len(places))
+        # Drawn for all places, so that an item's text does not depend on what is missing in others.
+        noises = draws.normal((self.length, self.config.dimension))
         for done, place in enumerate(places, 1):
-            noise = draws.normal((self.config.dimension,))
+            noise = noises[:, place]
             z = torch.zeros(len(codes), self.length, self.config.dimension, device=self.device)
             z[:, place] = noise * levels[0].sigma
             for level, following in pairwise(levels):

@@ -5,7 +5,6 @@ A graph has the inputs x (n, *event), label (n,) and, of conditional networks, c
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 import warnings
@@ -14,12 +13,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from osmose.errors import UserError
 from osmose.networks.calibration import calibrations
 from osmose.networks.dit import DiT
 from osmose.networks.integers import IntegerLayer
 from osmose.networks.mlp import MLP
+from osmose.networks.processor import instructions
 from osmose.networks.quantized import BF16
 from osmose.networks.unet import UNet
 from osmose.networks.uvit import UViT
@@ -134,26 +135,13 @@ class Graph(nn.Module):
         self.names = [port.get_any_name() for port in self.compiled.inputs]
 
     def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
+        if (torch.is_grad_enabled() and x.requires_grad) or forward_ad.unpack_dual(x).tangent is not None:
             raise UserError("runtime: openvino has no derivatives; open the run with runtime=torch")
         if condition is None and "condition" in self.names:
             condition = torch.full((len(x),), -1)  # not told
         given = [x, label.float(), condition][: len(self.names)]
         arrays = [value.detach().cpu().contiguous().numpy() for value in given if value is not None]
         return torch.from_numpy(self.compiled(arrays)[0].copy()).to(x.dtype)
-
-
-@functools.cache
-def instructions() -> frozenset[str]:
-    """Of those that matter here, the instructions that this processor has: avx2, vnni, bf16, amx."""
-    cpu: Any = torch.cpu
-    found = {
-        "avx2": ("_is_avx2_supported",),
-        "vnni": ("_is_vnni_supported",),
-        "bf16": ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
-        "amx": ("_is_amx_tile_supported",),
-    }
-    return frozenset(name for name, asked in found.items() if any(getattr(cpu, f, lambda: False)() for f in asked))
 
 
 def overflows(network: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from osmose.studies.plots import panels, real
 from osmose.studies.study import Cell, Claim, Results, Row, Study, Trained
 from osmose.studies.verdicts import lower, mean_and_spread, same
 from osmose.training.run import Run
-from osmose.training.runtime import Runtime
+from osmose.training.runtime import Runtime, use_graphs, write_graphs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +36,8 @@ class Compose(Study):
     """Digits. Each pair of accelerations is measured without, with either, and with both, in turns in one process.
 
     `ms` is the time of a sample where 64 are drawn at once, the median of 3; networks of 8-bit integers (7-bit weights
-    where the processor has no VNNI) are computed by OpenVINO, all others by torch. `score` is fd_clf of 800 samples.
+    where the processor has no VNNI) are computed by OpenVINO, all others by torch: a part of the factor of int8 is that
+    of OpenVINO, which is measured alone besides. `score` is fd_clf of 800 samples.
     `factor` is how many times as fast, `lost` what the score is higher by, against neither.
 
     The run is EDM with the default UNet, 1,500 updates; its student has one phase from 32 steps to one, 1,500 updates;
@@ -98,6 +99,10 @@ class Compose(Study):
                 )
                 runtime: Runtime = "torch" if self.quick else "openvino"
                 models |= {"second": small.model(runtime=runtime), "both": both.model(runtime=runtime)}
+                models["runtime"], options["runtime"] = one.model(), options["neither"]
+                if not self.quick:
+                    write_graphs(models["runtime"], folder / "graphs", "")
+                    use_graphs(models["runtime"], folder / "graphs")
             return _rows(trained, models, options)
 
     @property
@@ -142,6 +147,8 @@ class Compose(Study):
         tables: dict[str, list[dict[str, str]]] = {}
         for name, (first, second, neither) in COMPOSED.items():
             texts = {"neither": neither, "first": first, "second": second, "both": "both"}
+            if name != "blocks":
+                texts |= {"runtime": "OpenVINO alone, fp32"}
             rows = []
             for which, text in texts.items():
                 score = results.values(name, "score", with_=which)
@@ -183,14 +190,14 @@ def lost(results: Results, name: str, which: str) -> np.ndarray:
 def _rows(
     trained: Trained, models: Mapping[str, GenerativeModel], options: Mapping[str, Mapping[str, Any]]
 ) -> list[Row]:
-    settings, times = trained.cell.settings, {which: [] for which in WHICH}  # type: ignore[var-annotated]
+    settings, times = trained.cell.settings, {which: [] for which in models}  # type: ignore[var-annotated]
     for turn in range(4):
-        for which in WHICH:
+        for which in models:
             samples = models[which].sample(settings["items"], seed=trained.seed, **options[which])
             if turn:  # the first is not timed
                 times[which].append(1e3 * samples.seconds / settings["items"])
     rows = []
-    for which in WHICH:
+    for which in models:
         samples = models[which].sample(settings["n"], seed=trained.seed, **options[which])
         (score,) = score_samples(samples.data, trained.dataset, metrics=["fd_clf"], seed=trained.seed)
         assert score.floor is not None

@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from osmose.acceleration.precision import deviation, labels_of, search, switched
+from osmose.acceleration.precision import deviation, drawn, labels_of, search, switched
 from osmose.acceleration.quantization import quantize
 from osmose.data.dataset import DataConfig
 from osmose.errors import UserError
+from osmose.gaussian.draws import mix
 from osmose.methods.base import GenerativeModel
 from osmose.metrics.evaluate import score_samples
 from osmose.networks import graphs
@@ -26,7 +28,7 @@ from osmose.studies.study import Cell, Claim, Results, Row, Study, Trained
 from osmose.studies.verdicts import lower, mean_and_spread, within
 from osmose.training.recipes import recipe
 from osmose.training.run import Run
-from osmose.training.runtime import networks_of
+from osmose.training.runtime import networks_of, use_graphs, write_graphs
 from osmose.training.trainer import built
 
 if TYPE_CHECKING:
@@ -50,6 +52,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "six-data": ({**_SIX, "calibration": "data"}, "ranges at the last step alone"),
     "six-whole": ({**_SIX, "split": False}, "one range for joined inputs"),
 }
+#: What whole samples are drawn by.
+SAMPLED = ("torch fp32", "openvino fp32", "openvino int8", "openvino int8, 2 fp32 steps at each end")
 _FASHION = ("int8", "int8-qat", "six", "six-qat")
 #: Networks whose speed is measured, on images of 32x32, with weights of chance.
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -71,8 +75,6 @@ _ALIKE = (
     ("Fashion-MNIST: 8 bits score", "fashion-int8", "fashion-real"),
 )
 _BETTER = (
-    ("training with rounded weights is better than rounding alone, at 8 bits", "int8-qat", "int8"),
-    ("training with rounded weights is better than rounding alone, at 6 bits", "six-qat", "six"),
     ("the run as teacher is better than data alone, at 6 bits", "six-qat", "six-untaught"),
     ("two fp32 steps at each end are better than none, at 8 bits", "int8-ends", "int8"),
     ("ranges of each item are better than measured ones, at 8 bits", "int8-dynamic", "int8"),
@@ -80,8 +82,21 @@ _BETTER = (
     ("the sampler's own inputs are better for calibration than those of its first step", "six", "six-noise"),
     ("the sampler's own inputs are better for calibration than those of its last step", "six", "six-data"),
     ("joined inputs want ranges of their own", "six", "six-whole"),
-    ("Fashion-MNIST: training is better than rounding alone, at 8 bits", "fashion-int8-qat", "fashion-int8"),
-    ("Fashion-MNIST: training is better than rounding alone, at 6 bits", "fashion-six-qat", "fashion-six"),
+)
+#: In score, against a run that was trained for as many updates and then rounded; in deviation, of the same run.
+_TRAINED = (
+    (
+        "training with rounded weights is better than rounding after as many updates, at 8 bits",
+        "int8-qat",
+        "int8-longer",
+    ),
+    ("training with rounded weights is better than rounding after as many updates, at 6 bits", "six-qat", "six-longer"),
+)
+_NEARER = (
+    ("training with rounded weights brings samples nearer to the run's, at 8 bits", "int8-qat", "int8"),
+    ("training with rounded weights brings samples nearer to the run's, at 6 bits", "six-qat", "six"),
+    ("Fashion-MNIST: training brings samples nearer to the run's, at 8 bits", "fashion-int8-qat", "fashion-int8"),
+    ("Fashion-MNIST: training brings samples nearer to the run's, at 6 bits", "fashion-six-qat", "fashion-six"),
 )
 _PLACED = (
     ("four fp32 steps at the end are better than four at the beginning", "last 4", "first 4"),
@@ -100,11 +115,15 @@ class QuantizeStudy(Study):
 
     Samples are drawn by DPM-Solver++(2M) in 20 steps: 800 of the digits, 300 of Fashion-MNIST. `score` is fd_clf;
     `deviation` is how far samples are from those of the run in fp32 from the same noise, in deviations of these from
-    their mean. Both are computed by torch, which rounds as the integers do; `openvino` is the same in integers.
-    Scales are chosen on 64 samples. First and last layers, and those of time, keep real inputs.
+    their mean. Both are computed by torch, which rounds as the integers do; `openvino` is the same in integers, where
+    whole samples are drawn. Scales are chosen on 64 samples. First and last layers, and those of time, keep real
+    inputs.
+
+    Training with rounded weights takes 300 updates more: its score is held against that of a run of 1,800 updates that
+    was rounded (`longer`), its deviation against the run that it began with.
 
     Where steps keep their precision (`steps`, 6 bits), four of twenty are first, last, at both ends, or those whose
-    error alone moves samples most; `budget` is what is found for half of the deviation of all steps in 6 bits.
+    error alone moves samples of other noise most; `budget` is what is found for half of the deviation of all steps.
 
     `speed` is milliseconds per image of one evaluation, the median of 5 in turns, in one thread, weights of chance,
     7-bit weights where the processor has no VNNI. `torch.compile` is inductor with its default settings.
@@ -136,6 +155,12 @@ class QuantizeStudy(Study):
             return cells
         note = "8 bits, 7 of weights where there is no VNNI"
         cells.append(Cell("openvino", None, "digits", {}, settings | {"options": {}}, note, ("real",)))
+        longer = training | {"training.steps": 1800} | sampling
+        note = "as many updates as the run and 300 of rounded weights: what these are held against"
+        cells.append(Cell("longer", "edm", "digits", longer, settings, note))
+        for name in ("int8", "six"):
+            more = settings | {"options": VARIANTS[name][0]}
+            cells.append(Cell(f"{name}-longer", None, "digits", {}, more, f"{VARIANTS[name][1]}, of it", ("longer",)))
         short = {"network.channels": 8, "training.steps": 800, "training.batch_size": 32, "training.lr": 2e-3}
         few = {"n": 300}
         cells.append(Cell("fashion-real", "edm", "fashion-mnist", short | sampling, few, "the run, in fp32"))
@@ -159,36 +184,32 @@ class QuantizeStudy(Study):
             return [Row({}, values | {"bytes": run.weights.stat().st_size})]
         source = trained.of(trained.cell.uses[0])
         root = None if trained.data is None or trained.data.root is None else Path(trained.data.root)
-        exact = source.model(runtime="torch")
+        exact = source.model()
         with tempfile.TemporaryDirectory() as folder:
-            options = {"items": settings.get("items", 64)} | settings["options"]
+            options = dict(settings["options"])
+            if options.get("to") != "bf16":
+                options.setdefault("items", settings.get("items", 64))
+            if name == "openvino":
+                return self._openvino(trained, exact, Path(folder))
             made = quantize(
-                source, Path(folder) / "run", root=root, progress=False, with_graphs=name == "openvino",
-                seed=trained.seed, **options,
-            )  # fmt: skip
+                source, Path(folder) / "run", root=root, progress=False, with_graphs=False, seed=trained.seed, **options
+            )
             if name == "steps":
                 return self._steps(trained, exact, made)
-            if name == "openvino":
-                whole, emulated = made.model(), made.model(runtime="torch")
-                values = scored(trained, whole, exact)
-                n = settings["n"]
-                both = [model.sample(n, seed=trained.seed).data for model in (whole, emulated)]
-                return [Row({}, values | {"from torch": deviation(*both)})]
-            values = scored(trained, made.model(runtime="torch"), exact)
+            values = scored(trained, made.model(), exact)
             return [Row({}, values | {"bytes": made.weights.stat().st_size})]
 
     def _steps(self, trained: Trained, exact: GenerativeModel, made: Run) -> list[Row]:
-        low = [network for _, _, network in networks_of(made.model(runtime="torch"))]
+        low = [network for _, _, network in networks_of(made.model())]
         labels = labels_of(exact)
-        items = trained.cell.settings.get("items", 32)
-        found = search(exact, low, 1e9, items, trained.seed)
-        half = search(exact, low, found.low / 2, items, trained.seed)
+        # Other noise than that which is scored.
+        told: dict[str, Any] = {"items": trained.cell.settings.get("items", 32), "seed": mix(trained.seed, "search")}
+        found = search(exact, low, 1e9, most_groups=len(labels), **told)
+        half = search(exact, low, found.low / 2, most_groups=len(labels), **told)
         worst = sorted(found.groups, key=lambda group: -group.deviation)
-        few: list[float] = []
-        for group in worst:
-            few += group.labels if len(few) < 4 else ()
-        sets = dict(zip(PLACES, ([], labels[:4], labels[-4:], labels[:2] + labels[-2:], few, half.high), strict=True))
-        rows, right = [], trained.of(trained.cell.uses[0]).model(runtime="torch")
+        four = [label for group in worst[:4] for label in group.labels]
+        sets = dict(zip(PLACES, ([], labels[:4], labels[-4:], labels[:2] + labels[-2:], four, half.high), strict=True))
+        rows, right = [], trained.of(trained.cell.uses[0]).model()
         with switched(exact, low) as (switch,):
             for place, high in sets.items():
                 switch.high_labels = frozenset(high)
@@ -207,6 +228,32 @@ class QuantizeStudy(Study):
             )
         )
         return rows
+
+    def _openvino(self, trained: Trained, exact: GenerativeModel, folder: Path) -> list[Row]:
+        """Whole samples in each runtime, in turns."""
+        source = trained.of(trained.cell.uses[0])
+        said: dict[str, Any] = {"seed": trained.seed, "progress": False}
+        made = {
+            "torch fp32": source,
+            "openvino int8": quantize(source, folder / "int8", **said),
+            "openvino int8, 2 fp32 steps at each end": quantize(source, folder / "ends", ends=2, **said),
+        }
+        models = {
+            name: run.model(runtime="openvino" if name != "torch fp32" else "torch") for name, run in made.items()
+        }
+        models["openvino fp32"] = source.model()
+        write_graphs(models["openvino fp32"], folder / "graphs", "")
+        use_graphs(models["openvino fp32"], folder / "graphs")
+        times: dict[str, list[float]] = {name: [] for name in SAMPLED}
+        for turn in range(4):
+            for name in SAMPLED:
+                samples = models[name].sample(64, seed=trained.seed)
+                if turn:  # the first is not timed
+                    times[name].append(1e3 * samples.seconds / 64)
+        return [
+            Row({"runtime": name}, scored(trained, models[name], exact) | {"ms": statistics.median(times[name])})
+            for name in SAMPLED
+        ]
 
     def claims(self) -> list[Claim]:
         def sized(text: str, name: str, low: float, high: float) -> Claim:
@@ -243,8 +290,20 @@ class QuantizeStudy(Study):
             claims.append(Claim.alike(f"{text} as fp32 does, to 10 %", a, b, "score", 0.1))
         for text, a, b in _BETTER:
             claims += [Claim.lower(f"{text} ({metric})", a, b, metric) for metric in ("score", "deviation")]
+        claims += [Claim.lower(text, a, b, "score") for text, a, b in _TRAINED]
+        claims += [Claim.lower(text, a, b, "deviation") for text, a, b in _NEARER]
         for metric in ("score", "deviation"):
             claims += [placed(text, metric, a, b) for text, a, b in _PLACED]
+        for slow, fast in pairwise(SAMPLED[:3]):
+            claims.append(
+                Claim(
+                    f"digits: whole samples are drawn faster by {fast} than by {slow}",
+                    ["openvino"],
+                    lambda r, fast=fast, slow=slow: lower(  # type: ignore[misc]
+                        r.values("openvino", "ms", runtime=fast), r.values("openvino", "ms", runtime=slow)
+                    ),
+                )
+            )
         for name in NETWORKS:
             for items in _BATCHES:
                 claims += [timed(text, name, items, a, b, factor) for text, a, b, factor in _FASTER]
@@ -256,7 +315,7 @@ class QuantizeStudy(Study):
             if f"{prefix}real" not in results.rows:
                 continue
             rows = []
-            for name in ("real", *VARIANTS, "openvino"):
+            for name in ("real", *VARIANTS, "longer", "int8-longer", "six-longer"):
                 if f"{prefix}{name}" not in results.rows:
                     continue
                 ((_, values),) = results.groups(f"{prefix}{name}")
@@ -279,6 +338,15 @@ class QuantizeStudy(Study):
             )
         tables["Digits, 6 bits: where steps keep fp32"] = rows
         tables["Digits, 6 bits: deviation by the errors of some steps alone"] = [alone]
+        if "openvino" in results.rows:
+            tables["Digits: whole samples, 64 at once"] = [
+                {"computed by": name, "ms a sample": mean_and_spread(results.values("openvino", "ms", runtime=name))}
+                | {
+                    what: mean_and_spread(results.values("openvino", metric, runtime=name))
+                    for what, metric in (("fd_clf", "score"), ("deviation", "deviation"))
+                }
+                for name in SAMPLED
+            ]
         for name in NETWORKS:
             if f"speed-{name}" in results.rows:
                 tables[f"{name}: ms an image"] = _speed_table(results, f"speed-{name}")
@@ -307,11 +375,12 @@ class QuantizeStudy(Study):
 def scored(trained: Trained, model: GenerativeModel, exact: GenerativeModel) -> dict[str, float]:
     """Score of a model's samples, that of real data, and how far they are from another model's of the same noise."""
     n = trained.cell.settings["n"]
-    samples = model.sample(n, seed=trained.seed).data
-    (score,) = score_samples(samples, trained.dataset, metrics=["fd_clf"], seed=trained.seed)
+    samples = drawn(model, n, trained.seed)
+    data = trained.dataset.spec.decode(samples)
+    (score,) = score_samples(data, trained.dataset, metrics=["fd_clf"], seed=trained.seed)
     assert score.floor is not None
-    right = exact.sample(n, seed=trained.seed).data
-    return {"score": score.value, "score_real": score.floor, "deviation": deviation(samples, right)}
+    away = deviation(samples, drawn(exact, n, trained.seed))
+    return {"score": score.value, "score_real": score.floor, "deviation": away}
 
 
 def _speed_table(results: Results, cell: str) -> list[dict[str, str]]:
@@ -349,7 +418,7 @@ def speeds(network: dict[str, Any], seed: int) -> list[Row]:
         run.write_weights(model.state_dict())
         made = quantize(run, folder / "int8", progress=False, items=8, with_graphs=False)
         half = quantize(run, folder / "bf16", to="bf16", progress=False, with_graphs=False)
-        fp32, int8, bf16 = (networks_of(other.model(runtime="torch"))[0][2] for other in (run, made, half))
+        fp32, int8, bf16 = (networks_of(other.model())[0][2] for other in (run, made, half))
         return _timed(fp32, int8, bf16, config.spec.shape, folder)
 
 
@@ -367,7 +436,7 @@ def _timed(fp32: nn.Module, int8: nn.Module, bf16: nn.Module, shape: tuple[int, 
         opened = onnxruntime.InferenceSession(graph(network, "onnx"), options)
         return lambda x, label: torch.from_numpy(opened.run(None, {"x": x.numpy(), "label": label.numpy()})[0])
 
-    compiled = torch.compile(fp32)
+    compiled = torch.compile(fp32, dynamic=False)  # for each number of items by itself
     calls: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "torch fp32": fp32,
         "torch bf16": bf16,

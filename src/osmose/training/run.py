@@ -97,13 +97,13 @@ class Run:
         """model.safetensors."""
         return self.folder / "model.safetensors"
 
-    def model(self, device: torch.device | str = "cpu", runtime: Runtime = "auto") -> GenerativeModel:
+    def model(self, device: torch.device | str = "cpu", runtime: Runtime = "torch") -> GenerativeModel:
         """The trained model, in evaluation mode.
 
         Args:
             device: where it computes.
-            runtime: what computes its networks, "torch" or "openvino"; "auto" is OpenVINO for quantised runs where it
-                can (`training.runtime`), torch for all others.
+            runtime: what computes its networks, "torch" or "openvino", which samples alone; "auto" is OpenVINO for
+                quantised runs where it can (`training.runtime`), torch for all others.
 
         Raises:
             UserError: no weights yet, or weights of another network; the message names what differs. A runtime that

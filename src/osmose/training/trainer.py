@@ -23,6 +23,7 @@ from osmose.gaussian.draws import StepDraws, mix, seeded
 from osmose.methods import COMPOSED
 from osmose.methods.base import GenerativeModel
 from osmose.methods.messages import Batch, LossTerms
+from osmose.networks.processor import instructions
 from osmose.training import files
 from osmose.training.checkpoint import Checkpoints
 from osmose.training.config import RunConfig
@@ -100,6 +101,11 @@ class Trainer:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.checkpoints = Checkpoints(run, self.config.keep_checkpoints)
         if not self.checkpoints.all():
+            if run.weights.is_file() and self.is_main:
+                raise UserError(
+                    f"{run.folder}: has weights and no checkpoints to go on from: it was put together, or they were "
+                    "deleted; train a new run"
+                )
             with torch.no_grad():
                 self.model.prepare(self._items())
                 if dataset.start is not None:
@@ -405,10 +411,4 @@ def chosen_precision(wanted: str) -> str:
         return "bf16" if wanted == "bf16" else "no"
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
-    return "bf16" if computes_in_bf16() else "no"
-
-
-def computes_in_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); emulated it is far slower than float32."""
-    cpu: Any = torch.cpu
-    return any(getattr(cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return "bf16" if "bf16" in instructions() else "no"  # emulated it is far slower than float32
