@@ -72,6 +72,8 @@ class FewSteps(Study):
     ) -> Cell:
         """What is made of the first of the cells of `uses` ("teacher" if none), which ends with the teacher."""
         batch = {"training.batch_size": self.network(data)["training.batch_size"]}
+        if self.quick:  # pictures would take longer than the few updates
+            batch["training.preview_samples"] = 0
         return self._cell(data, name, method, batch | said, counts, note, *(uses or ("teacher",)), **settings)
 
     def _cell(
