@@ -46,6 +46,13 @@ def test_a_run_of_integers_without_openvino(osmose):
     assert "openvino is not installed" in answer.err
     assert osmose("sample", "small", "-n", 2, "--out", "y.png", "--runtime", "torch", "--quiet").err == ""
     assert Path("x.png").read_bytes() == Path("y.png").read_bytes()
+    shown = osmose("info", "small").out
+    assert "quantized   7-bit weights, 8-bit inputs" in shown or "quantized   8-bit weights, 8-bit inputs" in shown
+    assert "trained     as the run that it was made from, and quantized" in shown
+    assert "training step" not in shown
+    refused = osmose("train", "--resume", "--out", "small", "--quiet")
+    assert refused.status == 2
+    assert "small: is quantized, and has nothing to train; take the run that it was made from" in refused.err
     again = osmose("quantize", "run", "--out", "small", "--resume", "--json")
     assert again.status == 0
     assert json.loads(again.out)["config"]["tuning"]["steps"] == 3
@@ -64,6 +71,9 @@ def test_precision_by_step(osmose):
     assert found["precision"]["low"] > found["precision"]["deviation"]
     found = json.loads(osmose(*words, "--out", "b", "--ends", 1, "--high", "bf16").out)
     assert found["steps"] == {"of": 4, "high": 2, "precision": "bf16"}
+    answer = osmose(*words[:-1], "--out", "c", "--ends", 2)
+    assert "all 4 steps are in fp32: nothing is left to integers" in answer.out
+    assert "layers with" not in answer.out
 
 
 @pytest.mark.parametrize(
@@ -74,11 +84,13 @@ def test_precision_by_step(osmose):
             ["--out", "q", "--lr", 0.1],
             "--lr: given, and is of training with rounded weights",
         ),
-        (["--out", "q", "--bits", 9], "bits: 9 is not valid"),
+        (["--out", "q", "--bits", 9], "--bits: 9 is not valid"),
         (["--out", "q", "--to", "int4"], "to: 'int4' is not valid"),
         (["--out", "q", "--ends", 3], "ends: 3 steps at each end are more than the 4 steps of the chain"),
         (["--out", "q", "--inputs", "some"], "inputs: 'some' is not valid"),
         (["--out", "q", "--calibration", "images"], "calibration: 'images' is not valid"),
+        (["--out", "q", "--train", 0], "--train: 0 is not valid"),
+        (["--out", "q", "--inputs", "dynamic", "--calibration", "noise"], "--calibration: given, and dynamic"),
         (["--out", "q", "--keep", "conv*"], "keep: 'conv*' matches no layer"),
         (["--out", "run"], "run exists already"),
         (["--out", "q", "--resume"], "no quantization was begun here"),

@@ -31,6 +31,9 @@ def test_samples_scores_and_bits(osmose):
     assert "trigram_tv" in json.dumps(found)
     found = json.loads(osmose("analyze", "likelihood", "run", "-n", 20, "--steps", 4, "--json").out)
     assert 3 < found["bits_per_dim"] < 6
+    told = osmose("analyze", "likelihood", "run", "-n", 20, "--steps", 4, "--quiet").out
+    assert "chain of 4 steps" in told
+    assert "ODE" not in told
     shown = osmose("info", "text:python", "--window", 16).out
     assert "text, 16 characters an item, of an alphabet of" in shown
     assert "next: osmose train masked --data text:python --window 16" in shown
@@ -45,6 +48,16 @@ def test_gaps_are_filled(osmose):
     samples = np.load("filled.npz")["samples"]
     assert samples.shape == (2, 2, 16)
     assert (samples[:, :, :4] == [3, 1, 20, 0]).all()
+    answer = osmose("complete", "run", "known.npz", "--samples", 2, "--steps", 4, "--out", "filled.txt", "--quiet")
+    assert answer.status == 0, answer
+    assert len(Path("filled.txt").read_text().split("\n\n")) == 4
+    assert "next: osmose sample run -n 8 --out samples.txt" in answer.out
+    known[0, 5] = 0.5
+    np.savez("half.npz", samples=known)
+    assert (
+        "codes of characters are whole numbers, 0 to 26" in osmose("complete", "run", "half.npz", "--out", "z.npz").err
+    )
+    assert "text goes to a .txt or an .npz" in osmose("complete", "run", "known.npz").err
 
 
 def test_blocks_of_text(osmose):
@@ -58,7 +71,10 @@ def test_blocks_of_text(osmose):
 def test_refusals(osmose):
     answer = osmose("sample", "run", "--out", "x.png")
     assert answer.status == 2
-    assert "have no picture" in answer.err
+    assert "--out: x.png is not valid: text goes to a .txt or an .npz" in answer.err
+    answer = osmose("train", "edm", *DATA, "--out", "no")
+    assert answer.status == 2
+    assert "method: edm learns numbers, and these data are text; masked and token-diffusion learn it" in answer.err
     answer = osmose("train", "edm", "--data", "digits", "--out", "no", "data.letters=true")
     assert answer.status == 2
     assert "letters: True is for text: data" in answer.err

@@ -60,6 +60,8 @@ class QuantizationConfig(Config):
             raise ConfigError(ways[1], f"given, and {ways[0]} too: steps in high precision are said in one way")
         if self.high != "fp32" and not ways:
             raise ConfigError("high", f"{self.high} given, and no step is in high precision; say at, ends or budget")
+        if self.inputs == "dynamic" and self.calibration != "sampler":
+            raise ConfigError("calibration", "given, and dynamic ranges are not measured")
         if self.to == "bf16":
             fields = type(self).model_fields
             for name in fields:

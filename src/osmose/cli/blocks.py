@@ -24,7 +24,7 @@ class TrainBlocks(Train):
 
     A stack of layers (--network dit, mlp or those of text) is cut into --blocks shorter ones; of other networks every
     block has a whole one. Only one block's weights, gradients and optimizer are in memory at a time. --steps and all
-    else of training hold for each block. The result samples like any run of edm, a step through one block.
+    else of training hold for each block. The result samples like any run of its method, a step through one block.
 
     Under torchrun every worker trains blocks of its own. --only trains some of them; what was trained on other machines
     is put together by osmose blocks merge. Everything else is as in osmose train.

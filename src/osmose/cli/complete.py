@@ -24,16 +24,17 @@ class Complete:
     FILE is an .npz whose array (`known`, `samples` or `x`) has items of the run's data, NaN where nothing is known, or
     whole ones (an image, too) of which --keep says what share of the points is shown to the model. Writes an .npz with
     `known` (n, ...) and `samples` (n, SAMPLES, ...), or a picture: a row for each item, what is known and what was
-    made of it, and the truth where it is known. Tables of series with a time column are filled by osmose impute.
+    made of it, and the truth where it is known; of text a .txt. Tables of series with a time column are filled by
+    osmose impute.
     """
 
-    model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder, of fdp, dspd or cspd")]
+    model: Annotated[Positional[Path], arg(metavar="RUN", help="a run folder, of fdp, dspd, cspd or of text")]
     file: Annotated[Positional[Path], arg(metavar="FILE", help="what is known: .npz or an image")]
     samples: Annotated[int, arg(help="completions of each item")] = 5
     keep: Annotated[
         float | None, arg(help="share of the points of whole items that is known, chosen at random; all that is there")
     ] = None
-    out: Annotated[Path, arg(help="where to write: .png, .jpg, .webp or .npz")] = Path("completed.png")
+    out: Annotated[Path, arg(help="where to write: .png, .jpg, .webp, .npz, of text .txt")] = Path("completed.png")
     steps: Annotated[int | None, arg(help="solver steps; the method's own number if not given")] = None
     solver: Annotated[str | None, arg(help="of the method: of fdp posterior, em, pf-ode, pc")] = None
     label: Annotated[int | None, arg(help="class of all items (conditional models)")] = None
@@ -52,13 +53,14 @@ class Complete:
         from osmose.cli.devices import device
         from osmose.data.arrays import load_known
         from osmose.data.pictures import has_picture
+        from osmose.data.text import texts
         from osmose.gaussian.draws import seeded
         from osmose.training import files
         from osmose.training.run import Run
 
         suffix = self.out.suffix.lower()
-        if suffix not in (*_PICTURES, ".npz"):
-            raise UserError(f"--out: {self.out} is not valid: should end in .npz, {', '.join(_PICTURES)}")
+        if suffix not in (*_PICTURES, ".npz", ".txt"):
+            raise UserError(f"--out: {self.out} is not valid: should end in .npz, .txt, {', '.join(_PICTURES)}")
         keep_inputs([self.out], self.file)
         if self.samples < 1:
             raise UserError(f"--samples: {self.samples} is not valid: must be at least 1")
@@ -69,10 +71,17 @@ class Complete:
         if options.get("at") is not None:
             raise UserError("at: whole items are completed; osmose sample looks at points")
         form = model.ends(model.sampling(**options))[1]
-        if suffix != ".npz" and (form.kind != "image" or not has_picture(form)):
+        if (form.alphabet is not None) != (suffix == ".txt") and suffix != ".npz":
+            goes = (
+                "text goes to a .txt or an .npz" if form.alphabet is not None else f"{form.kind} does not go to a .txt"
+            )
+            raise UserError(f"--out: {self.out} is not valid: {goes}")
+        if suffix in _PICTURES and (form.kind != "image" or not has_picture(form)):
             raise UserError(f"--out: {self.out} is not valid: {form.kind} of shape {form.shape} go to an .npz")
         whole = known = load_known(self.file, form)
-        if suffix != ".npz":
+        if form.alphabet is not None and bool((known.nan_to_num() != known.nan_to_num().round()).any()):
+            raise UserError(f"FILE: {self.file}: codes of characters are whole numbers, 0 to {len(form.alphabet) - 1}")
+        if suffix in _PICTURES:
             whole = known = known[:_ROWS]
         if self.keep is not None:
             # A point is known in all channels or in none.
@@ -99,7 +108,10 @@ class Complete:
                 **options,
             )
         drawn = made.data.unflatten(0, (len(known), self.samples))
-        if suffix == ".npz":
+        if suffix == ".txt":
+            lines = texts(drawn.flatten(0, 1), form)
+            files.write_bytes(self.out, ("\n\n".join(lines) + "\n").encode())
+        elif suffix == ".npz":
             with files.replacing(self.out) as temporary, temporary.open("wb") as file:
                 np.savez(file, known=known.numpy(), samples=drawn.numpy())
         else:
@@ -112,7 +124,7 @@ class Complete:
             "seed": self.seed,
         }
         first = f"wrote {self.out}: {len(known)} items, {self.samples} completions of {made.nfe} evaluations each"
-        return Result(values | {"seed": self.seed}, [first], f"osmose sample {self.model} -n 64 --out samples.png")
+        return Result(values | {"seed": self.seed}, [first], model.config.use.format(run=self.model))
 
     def _times(self, form: Any, count: int) -> Any:
         """Times of the series of FILE, float64 (n, L): its own, or those that all series of the run have."""

@@ -98,6 +98,7 @@ class Info:
     def _run(self, folder: Path) -> Result:
         from osmose.analysis.budget import make_teachable
         from osmose.metrics.evaluation import headline, read_evaluations
+        from osmose.networks.quantized import in_fewer_bits
         from osmose.networks.tensor_train import TensorTrain
         from osmose.training.checkpoint import Checkpoints
         from osmose.training.run import Run
@@ -106,7 +107,8 @@ class Info:
         config = run.config
         model = run.model() if run.weights.is_file() else config.method.build(config.spec)
         make_teachable(model)
-        cost, costs = _cost(model, config.training)
+        own = config.method.network_config
+        cost, costs = _cost(model, config.training, trains=own is None or not in_fewer_bits(own))
         evaluations = read_evaluations(run)
         checkpoints = Checkpoints(run, config.training.keep_checkpoints).all()
         values: dict[str, Any] = {
@@ -119,6 +121,7 @@ class Info:
         rows = {
             "method": config.method.kind,
             "trained": _trained(config, values["step"]),
+            **_quantized(folder),
             **costs,
             "data": f"{config.identity.source}, {config.identity.num_train} items to train on, "
             f"{config.identity.num_held_out} held out ({config.identity.split}), sha256 {config.identity.sha256[:12]}",
@@ -180,24 +183,43 @@ class Info:
 def _trained(config: RunConfig, step: int) -> str:
     from osmose.methods import COMPOSED
     from osmose.methods.students import DistilledConfig
+    from osmose.networks.quantized import in_fewer_bits
 
     if isinstance(config.method, DistilledConfig):
         return f"by {config.method.history()}, {config.training.steps} updates in all, seed {config.seed}"
     if config.method.kind in COMPOSED:
         return "not at all: put together"
+    if config.method.network_config is not None and in_fewer_bits(config.method.network_config):
+        return "as the run that it was made from, and quantized"
     network = config.method.to_json().get("network")
     if isinstance(network, dict) and network["kind"] == "experts":
         return f"in {len(network['parts'])} blocks of {config.training.steps} steps each, seed {config.seed}"
     return f"{step} of {config.training.steps} steps, seed {config.seed}"
 
 
-def _cost(model: Any, training: Any) -> tuple[dict[str, Any], dict[str, str]]:
+def _quantized(folder: Path) -> dict[str, str]:
+    """Of a run that was quantised, how, and how far its samples are from those of the run it was made from."""
+    from osmose.training import files
+
+    path = folder / "quantization.json"
+    if not path.is_file():
+        return {}
+    found = files.read_json(path)
+    config, size = found["config"], found["bytes"]
+    bits = "bf16" if config["to"] == "bf16" else f"{config['weight_bits']}-bit weights, {config['bits']}-bit inputs"
+    steps = found.get("steps")
+    mixed = f", {steps['high']} of {steps['of']} steps in {steps['precision']}" if steps else ""
+    away = f"{size['before'] / 1e6:.2f} to {size['after'] / 1e6:.2f} MB, samples deviate by {found['deviation']:.3g}"
+    return {"quantized": f"{bits}{mixed}; {away}"}
+
+
+def _cost(model: Any, training: Any, trains: bool = True) -> tuple[dict[str, Any], dict[str, str]]:
     """What a model costs in `--json`, and for people."""
     import torch
 
     from osmose.analysis.cost import cost_of, seconds_per_step
 
-    cost, step = cost_of(model), seconds_per_step(model, training)
+    cost, step = cost_of(model), seconds_per_step(model, training) if trains else None
     threads = torch.get_num_threads()
     values = {
         "parameters": cost.parameters,

@@ -78,7 +78,8 @@ class Likelihood:
             )
         paths = write_likelihood(result, out)
         c = result.conditions
-        kind = "ODE" if result.distortion is None else "chain"
+        along_ode = result.distortion is None and result.is_density
+        kind = "ODE" if along_ode else "chain"
         chain, noise = f"  {kind} of {c['num_steps']} steps", []
         if result.eps_error is not None:
             chain += f", variance {c['variance']}, {'' if c['clip'] else 'not '}clipped"
@@ -96,7 +97,7 @@ class Likelihood:
             f"  transitions     {float(result.terms[1:].sum()):.4f}  ({c['num_steps'] - 1} terms)",
             f"  decoder L_0     {float(result.terms[0]):.4f}",
         ]
-        if result.distortion is None:  # along an ODE there is no estimate of the data, nor a chain
+        if along_ode:  # there is no estimate of the data, nor a chain
             parts = [
                 f"  at the noise    {result.prior:.5f}",
                 f"  change of volume {float(result.terms.sum()):.4f}  ({c['num_steps']} steps)",

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from osmose.cli.command import Result, quiet_warnings
+from osmose.configuration import ConfigError
 from osmose.errors import UserError
 
 
@@ -75,11 +76,16 @@ class Quantize:
         source, said = Run.open(self.model), self._said()
         if self.resume:
             for name in said:
-                raise UserError(f"--{name}: given, but {self.out} is continued by its own settings; resume without it")
+                raise UserError(
+                    f"{_flag(name)}: given, but {self.out} is continued by its own settings; resume without it"
+                )
             made = Quantization.open(self.out, source)
             config = made.config
         else:
-            config = QuantizationConfig.parse(said)
+            try:
+                config = QuantizationConfig.parse(said)
+            except ConfigError as error:
+                raise UserError(f"{_flag(error.path)}: {error.reason}") from None
         try:
             with quiet_warnings():
                 dataset = data_of(source, self.data_root) if config.needs_data else None
@@ -89,10 +95,17 @@ class Quantize:
         except DivergedError as error:
             print(f"osmose: {error}", file=sys.stderr)
             return Result({"run": str(self.out), "error": str(error)}, status=1)
+        except KeyboardInterrupt:
+            finished = False
+            if not (self.out / "quantization.json").is_file():  # before anything was begun
+                raise
         if not finished:
             again = f"osmose quantize {self.model} --out {self.out} --resume"
             return Result(
-                {"run": str(self.out), "finished": False}, ["stopped; everything is saved"], again, status=130
+                {"run": str(self.out), "finished": False},
+                ["stopped; what training has done is saved"],
+                again,
+                status=130,
             )
         return self._made(made.found(), before)
 
@@ -120,7 +133,10 @@ class Quantize:
         from osmose.networks.processor import instructions
 
         config = found["config"]
-        if layers := found.get("layers"):
+        steps = found.get("steps")
+        if steps and steps["high"] == steps["of"]:
+            lines.append(f"all {steps['of']} steps are in {steps['precision']}: nothing is left to integers")
+        elif layers := found.get("layers"):
             rounded = [layer for layer in layers if layer["inputs"] != "float"]
             worst = max(rounded or layers, key=lambda layer: layer["error"])
             lines.append(
@@ -128,7 +144,9 @@ class Quantize:
                 f"{config['bits']}-bit inputs ({config['inputs']}); most off by itself: {worst['name']}, "
                 f"{worst['error']:.2%} of its output"
             )
-        if steps := found.get("steps"):
+            if config["weight_bits"] == 7 and self.weight_bits is None:
+                lines.append("7-bit weights: this processor has no VNNI, without which sums of 8-bit weights overflow")
+        if steps and 0 < steps["high"] < steps["of"]:
             lines.append(f"{steps['high']} of {steps['of']} steps in {steps['precision']}")
         precision = found.get("precision")
         if precision and precision["deviation"] > precision["budget"]:
@@ -141,10 +159,19 @@ class Quantize:
             f"samples deviate from those of {self.model} by {found['deviation']:.3g} of these' deviations "
             f"({found['samples']} samples of the same noise)"
         )
+        if config["tuning"] is not None:
+            lines.append("it was trained further: it deviates by what it has learned, too; scores say which is better")
         if found["computed_by"] == "torch":
             lines.append("computed by torch, no faster than before: " + found["why_torch"])
         values = {"run": str(self.out), "finished": True, **found}
         return Result(values, lines, f"osmose evaluate {self.out} --against {self.model}")
+
+
+def _flag(path: str) -> str:
+    """The flag of a field of the configuration."""
+    first, _, rest = path.partition(".")
+    name = {"tuning": "train", "split": "whole"}.get(first, first)
+    return f"--{(rest if rest and rest != 'steps' else name).replace('_', '-')}"
 
 
 def _numbers(text: str) -> list[int]:

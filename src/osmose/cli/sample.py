@@ -116,6 +116,8 @@ class Sample:
             raise UserError(f"--out: {self.out} is not valid: .csv is for series; write {form.kind} to an .npz")
         if suffix == ".txt" and form.alphabet is None:
             raise UserError(f"--out: {self.out} is not valid: .txt is for text; write {form.kind} to an .npz")
+        if suffix in _PICTURES and form.alphabet is not None:
+            raise UserError(f"--out: {self.out} is not valid: text goes to a .txt or an .npz")
         if suffix in _PICTURES:
             require_picture(form)
         num = (64 if start is None else len(start)) if self.num is None else self.num

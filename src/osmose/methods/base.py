@@ -112,12 +112,14 @@ class GenerativeModel(nn.Module, ABC):
             to be told; the optimiser leaves such parameters as they are.
         takes_start: whether samples may begin with items of other data, instead of noise.
         takes_gaps: whether it learns from series with missing values, at times of their own.
+        takes_text: whether it learns codes of characters.
         most: how many different samples the model has, or None where there is no end.
     """
 
     idle_parameters: ClassVar[bool] = False
     takes_start: ClassVar[bool] = False
     takes_gaps: ClassVar[bool] = False
+    takes_text: ClassVar[bool] = False
     most: int | None = None
 
     @property
@@ -132,6 +134,10 @@ class GenerativeModel(nn.Module, ABC):
         if spec.start is not None and not self.takes_start:
             raise UserError(
                 f"start: samples of {config.kind} cannot begin with data; those of interpolant and bridge can"
+            )
+        if spec.alphabet is not None and not self.takes_text:
+            raise UserError(
+                f"method: {config.kind} learns numbers, and these data are text; masked and token-diffusion learn it"
             )
         if spec.series is not None and not (spec.series.regular or self.takes_gaps):
             raise UserError(

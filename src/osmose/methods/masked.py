@@ -158,6 +158,7 @@ class Masked(GenerativeModel):
     """
 
     config: MaskedConfig
+    takes_text = True
 
     def __init__(self, config: MaskedConfig, spec: DataSpec):
         super().__init__(config, spec)

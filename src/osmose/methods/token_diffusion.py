@@ -80,6 +80,7 @@ class TokenDiffusion(GenerativeModel):
     """
 
     config: TokenDiffusionConfig
+    takes_text = True
     table: Tensor
 
     def __init__(self, config: TokenDiffusionConfig, spec: DataSpec):

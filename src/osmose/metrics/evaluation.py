@@ -20,6 +20,7 @@ from osmose.metrics.evaluate import Score, score_samples
 from osmose.metrics.features import FeatureNetwork
 from osmose.training import files
 from osmose.training.run import Run, versions
+from osmose.training.runtime import computed_by_graphs
 
 #: Samples drawn when nothing else is said: enough for features of 64 dimensions, minutes on a CPU.
 DEFAULT_SAMPLES = 2_000
@@ -44,7 +45,7 @@ class Evaluation(Config):
     seconds: float = Field(description="wall time of the sampling alone")
     items_per_second: float
     peak_memory_mib: float = Field(description="largest memory of the process, or of the accelerator, so far")
-    device: str
+    device: str = Field(description="where, and `by openvino` where graphs were computed")
     threads: int
     weights_sha256: str
     data_sha256: str
@@ -136,7 +137,7 @@ def evaluate_run(
         seconds=round(samples.seconds, 4),
         items_per_second=round(n / samples.seconds, 3),
         peak_memory_mib=round(memory / 2**20, 1),
-        device=str(model.device),
+        device=f"{model.device} by openvino" if computed_by_graphs(model) else str(model.device),
         threads=torch.get_num_threads(),
         weights_sha256=run.hash(),
         data_sha256=dataset.identity.sha256,
@@ -179,7 +180,8 @@ def record(run: Run, evaluation: Evaluation) -> None:
     """
 
     def conditions(e: Evaluation) -> Any:
-        return e.sampling, e.seed, e.n, e.scores[0].reference if e.scores else None
+        by_graphs = "openvino" in e.device
+        return e.sampling, e.seed, e.n, by_graphs, e.scores[0].reference if e.scores else None
 
     kept = []
     for earlier in read_evaluations(run):

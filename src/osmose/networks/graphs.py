@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from osmose.errors import UserError
 from osmose.networks.calibration import calibrations
 from osmose.networks.dit import DiT
+from osmose.networks.experts import Experts
 from osmose.networks.integers import IntegerLayer
 from osmose.networks.mlp import MLP
 from osmose.networks.processor import instructions
@@ -39,6 +40,8 @@ _GRAPHS = (UNet, DiT, UViT, MLP)
 
 def without(network: nn.Module) -> str | None:
     """Why a network has no graph, in one line; None where it has."""
+    if isinstance(network, Experts):
+        return "network: experts answer in turns and have no graph together; a run of one of them has"
     inner = network.network if isinstance(network, BF16) else network
     if not isinstance(inner, _GRAPHS):
         return f"network: a {type(inner).__name__} has no graph here; {', '.join(c.__name__ for c in _GRAPHS)} have"

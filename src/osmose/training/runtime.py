@@ -38,6 +38,11 @@ def networks_of(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     return found
 
 
+def computed_by_graphs(model: nn.Module) -> bool:
+    """Whether OpenVINO computes its networks."""
+    return any(isinstance(module, graphs.Graph) for module in model.modules())
+
+
 def has_integers(model: nn.Module) -> bool:
     """Whether some of its layers have integer weights."""
     return any(isinstance(module, IntegerLayer) for module in model.modules())
@@ -72,11 +77,16 @@ def write_graphs(model: GenerativeModel, folder: Path, sha256: str) -> None:
     if name := graphs.missing("openvino"):
         raise UserError(f"runtime: openvino needs {name} to write graphs; pip install 'osmose[export]'")
     shutil.rmtree(folder, ignore_errors=True)
+    from osmose.training.trainer import stopping_on_signal
+
     with files.replacing(folder) as temporary:
         for index, (_, _, network) in enumerate(networks_of(model)):
             place = temporary / str(index)
             place.mkdir(parents=True)
-            graphs.write(network, model.spec.shape, model.config.conditional, place, "openvino")
+            with stopping_on_signal() as stopped:  # torch's exporter takes an interrupt for an error of the network
+                graphs.write(network, model.spec.shape, model.config.conditional, place, "openvino")
+            if stopped:
+                raise KeyboardInterrupt
         files.write_json(temporary / "graphs.json", {"format": "osmose-graphs-1", "sha256": sha256})
 
 
