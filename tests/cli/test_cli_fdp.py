@@ -197,7 +197,7 @@ COMPLETE = ["complete", "grid", "some.npz"]
         (COMPLETE, r"FILE: some\.npz has no unknown value; nothing to complete \(--keep 0\.2"),
         ([*COMPLETE, "--keep", "1.5"], r"--keep: 1\.5 is not valid: must be at least 0 and below 1"),
         ([*COMPLETE, "--samples", "0"], "--samples: 0 is not valid: must be at least 1"),
-        ([*COMPLETE, "--out", "x.txt"], r"--out: x\.txt is not valid: should end in \.npz"),
+        ([*COMPLETE, "--out", "x.txt"], r"--out: x\.txt is not valid: image does not go to a .txt"),
         (["complete", "grid", "odd.npz"], r"odd\.npz: items of shape \(1, 4, 4\); \(1, 8, 8\) are needed"),
         (["complete", "grid", "high.npz"], r"high\.npz: has values from 99 to 99; the data are in \(0\.0, 16\.0\)"),
         (["complete", "grid", "inf.npz"], r"inf\.npz: holds infinity; what is not known is NaN"),
