@@ -78,7 +78,7 @@ class Likelihood:
             )
         paths = write_likelihood(result, out)
         c = result.conditions
-        along_ode = result.distortion is None and result.is_density
+        along_ode = result.distortion is None and model.spec.alphabet is None  # masks have a chain, and no distance
         kind = "ODE" if along_ode else "chain"
         chain, noise = f"  {kind} of {c['num_steps']} steps", []
         if result.eps_error is not None:
