@@ -404,7 +404,7 @@ def speeds(network: dict[str, Any], seed: int) -> list[Row]:
     """
     for name in ("openvino", "onnxruntime", "onnxscript"):
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"study quantize: needs {name}; install it with: pip install 'osmose[export,baselines]'")
+            raise UserError(f"study quantize: needs {name}; install it with: pip install 'osmose[export]'")
     torch.manual_seed(seed)
     digits = DataConfig(source="digits", size=32)
     config = recipe("edm", digits, digits.load(), seed, network | {"sampling.num_steps": 6})
