@@ -18,14 +18,15 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from osmose.configuration import Config, ConfigError, Registry
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import Draws
-from osmose.methods.base import GenerativeModel, MethodConfig, NetworkChoice, SamplingConfig
+from osmose.methods.base import SamplingConfig
+from osmose.methods.characters import Characters, CharactersConfig
 from osmose.methods.messages import Batch, BoundTerms, LossTerms, OnStep, Watch
 from osmose.methods.sharing import Partition, Shareable
 
@@ -47,6 +48,13 @@ class MaskingSchedule(Config, ABC):
     @abstractmethod
     def time(self, alpha: Tensor) -> Tensor:
         """The inverse of `alpha`."""
+
+    def steps(self, count: int) -> list[tuple[float, float]]:
+        """Of so many steps, the quietest first: the time at which each begins, and the chance that it lifts a mask."""
+        t = torch.linspace(0, 1, count + 1, dtype=torch.float64)
+        alpha = self.alpha(t)
+        chances = (alpha[:-1] - alpha[1:]) / (1 - alpha[1:])
+        return list(zip(t[1:].tolist(), chances.tolist(), strict=True))
 
 
 class LinearMasking(MaskingSchedule):
@@ -89,11 +97,11 @@ class MaskedSampling(SamplingConfig):
     num_steps: int = Field(64, ge=1, description="times that are visited")
 
 
-class MaskedConfig(MethodConfig, Shareable):
+class MaskedConfig(CharactersConfig, Shareable):
     """A network, and when characters are hidden."""
 
+    suited = "text"
     kind: Literal["masked"] = "masked"
-    network: NetworkChoice
     schedule: MaskingChoice = LinearMasking()
     lowest: float | None = Field(None, ge=0, lt=1, description="earliest time of training; what blocks are given")
     highest: float | None = Field(None, gt=0, le=1, description="latest time of training")
@@ -104,19 +112,6 @@ class MaskedConfig(MethodConfig, Shareable):
         if (self.lowest or 0.0) >= (1.0 if self.highest is None else self.highest):
             raise ConfigError("lowest", f"{self.lowest} is not valid: has to be below highest, {self.highest}")
         return self
-
-    @property
-    def use(self) -> str:
-        return "osmose sample {run} -n 8 --out samples.txt"
-
-    @classmethod
-    def recipe(cls, spec: DataSpec, data_std: float) -> dict[str, Any]:  # noqa: ARG003
-        _require_text("masked", spec)
-        return {"network": {"kind": "text"}}
-
-    @classmethod
-    def training_recipe(cls, spec: DataSpec) -> dict[str, Any]:  # noqa: ARG003
-        return {"steps": 3000, "batch_size": 64, "lr": 1e-3}
 
     def build(self, spec: DataSpec) -> Masked:
         return Masked(self, spec)
@@ -144,32 +139,18 @@ class MaskedConfig(MethodConfig, Shareable):
         return 1000 * edge + 0.01  # a step that begins at an edge lifts masks below it: it is the lower block's
 
 
-def _require_text(method: str, spec: DataSpec) -> None:
-    if spec.alphabet is None:
-        raise UserError(f"{method}: is for text (--data text:FILE, text:python), and these data are {spec.kind}")
-
-
-class Masked(GenerativeModel):
+class Masked(Characters):
     """See the module's text.
 
     Attributes:
         network: told codes, of which V, after the last character, is the mask, and 1000 t.
-        symbols: V, the characters of the alphabet.
     """
 
     config: MaskedConfig
-    takes_text = True
 
     def __init__(self, config: MaskedConfig, spec: DataSpec):
         super().__init__(config, spec)
-        _require_text("masked", spec)
-        self.symbols = len(spec.alphabet or "")
         self.network = config.network.build(spec.shape, num_outputs=self.symbols)
-        if config.conditional:
-            raise UserError("method.conditional: true needs data with classes, and text has none")
-
-    def networks(self) -> list[nn.Module]:
-        return [self.network]
 
     def probe(self, items: int) -> None:
         x = torch.zeros(items, *self.spec.shape, dtype=torch.int64, device=self.device)
@@ -213,57 +194,30 @@ class Masked(GenerativeModel):
             if given:
                 raise UserError(f"{name}: masked has none to choose: its steps lift masks")
         codes = self.spec.to_levels(batch.x0)
-        grid = torch.linspace(0, 1, (num_steps or _BOUND_STEPS) + 1, dtype=torch.float64)
-        alpha = self.config.schedule.alpha(grid)
-        table = torch.empty(len(codes), len(grid) - 1, dtype=torch.float64)
-        everyone = torch.ones(len(codes), dtype=torch.float64)
-        for index in range(1, len(grid)):
-            hidden = self._hidden(alpha[index] * everyone, draws)
-            chance = float((alpha[index - 1] - alpha[index]) / (1 - alpha[index]))
-            surprise = self._surprise(codes, hidden, grid[index] * everyone)
-            table[:, index - 1] = chance * surprise.cpu().double()
-            on_step(index, len(grid) - 1)
-        return BoundTerms(grid[1:], torch.zeros(len(codes), dtype=torch.float64), table)
+        steps = self.config.schedule.steps(num_steps or _BOUND_STEPS)
+        table = torch.empty(len(codes), len(steps), dtype=torch.float64)
+        for index, (t, chance) in enumerate(steps):
+            times = torch.full((len(codes),), t, dtype=torch.float64)
+            surprise = self._surprise(codes, self._hidden(self.config.schedule.alpha(times), draws), times)
+            table[:, index] = chance * surprise.cpu().double()
+            on_step(index + 1, len(steps))
+        at = torch.tensor([t for t, _ in steps], dtype=torch.float64)
+        return BoundTerms(at, torch.zeros(len(codes), dtype=torch.float64), table)
 
-    def generate(
-        self,
-        draws: Draws,
-        sampling: SamplingConfig,
-        condition: Tensor | None,  # noqa: ARG002
-        on_step: Watch,
+    def written(
+        self, codes: Tensor, missing: Tensor, draws: Draws, sampling: SamplingConfig, on_step: Watch
     ) -> tuple[Tensor, int]:
-        masks = torch.full((draws.count, *self.spec.shape), self.symbols, device=self.device)
-        return self._lifted(masks, draws, sampling, on_step)
-
-    def complete(
-        self,
-        known: Tensor,
-        times: Tensor | None,  # noqa: ARG002
-        draws: Draws,
-        sampling: SamplingConfig,
-        condition: Tensor | None,  # noqa: ARG002
-        on_step: Watch,
-    ) -> tuple[Tensor, int]:
-        missing = known.isnan()
-        codes = self.spec.to_levels(known.nan_to_num()).masked_fill(missing, self.symbols)
-        return self._lifted(codes.to(self.device), draws, sampling, on_step)
-
-    def _lifted(self, codes: Tensor, draws: Draws, sampling: SamplingConfig, on_step: Watch) -> tuple[Tensor, int]:
-        """Lift all masks of codes, int64 (count, length)."""
         assert isinstance(sampling, MaskedSampling)
-        grid = torch.linspace(0, 1, sampling.num_steps + 1, dtype=torch.float64)
-        alpha = self.config.schedule.alpha(grid)
+        codes, steps = codes.masked_fill(missing, self.symbols), self.config.schedule.steps(sampling.num_steps)
         on_step(0, sampling.num_steps)
-        for done, index in enumerate(range(sampling.num_steps, 0, -1), 1):
-            chance = float((alpha[index - 1] - alpha[index]) / (1 - alpha[index]))
-            log_p = self.log_probabilities(codes, grid[index].expand(len(codes)))
-            if not bool(log_p.isfinite().all()):
-                raise UserError("masked: the network answers NaN or infinity; has training diverged?")
+        for done, (t, chance) in enumerate(reversed(steps), 1):
+            log_p = self.log_probabilities(codes, torch.full((len(codes),), t, dtype=torch.float64))
+            self.require_finite(log_p)
             drawn = _drawn(log_p, _uniform(draws, self.spec.shape))
-            lift = (codes == self.symbols) & ((_uniform(draws, self.spec.shape) < chance) | (index == 1))
+            lift = (codes == self.symbols) & ((_uniform(draws, self.spec.shape) < chance) | (done == len(steps)))
             codes = torch.where(lift, drawn, codes)
             on_step(done, sampling.num_steps)
-        return self.spec.from_levels(codes), sampling.num_steps
+        return codes, sampling.num_steps
 
 
 def _uniform(draws: Draws, shape: tuple[int, ...]) -> Tensor:

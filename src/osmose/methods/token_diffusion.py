@@ -17,16 +17,16 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from osmose.data.dataset import DataSpec
-from osmose.errors import UserError
 from osmose.gaussian.draws import Draws, seeded
 from osmose.gaussian.grid import Spacing, TimeGrid
 from osmose.gaussian.parametrization import EDMParametrization
 from osmose.gaussian.schedule import Level, VarianceExploding
-from osmose.methods.base import GenerativeModel, MethodConfig, NetworkChoice, SamplingConfig
+from osmose.methods.base import SamplingConfig
+from osmose.methods.characters import Characters, CharactersConfig
 from osmose.methods.messages import Batch, LossTerms, Watch
 from osmose.methods.sharing import SharedSigma
 from osmose.methods.times import LogNormalTimes
@@ -39,39 +39,21 @@ class TokenSampling(SamplingConfig):
     spacing: Spacing = Field("karras", description="of their noise levels")
 
 
-class TokenDiffusionConfig(MethodConfig, SharedSigma):
+class TokenDiffusionConfig(CharactersConfig, SharedSigma):
     """A network that sees the characters before, and the noise of an embedding."""
 
+    suited = "causal-text"
     kind: Literal["token-diffusion"] = "token-diffusion"
-    network: NetworkChoice
     dimension: int = Field(32, ge=1, description="d, of the embedding that is diffused")
     schedule: VarianceExploding = VarianceExploding()
     times: LogNormalTimes = LogNormalTimes(stratified=True)
     sampling: TokenSampling = TokenSampling()
 
-    @property
-    def use(self) -> str:
-        return "osmose sample {run} -n 8 --out samples.txt"
-
-    @classmethod
-    def recipe(cls, spec: DataSpec, data_std: float) -> dict[str, Any]:  # noqa: ARG003
-        _require_text(spec)
-        return {"network": {"kind": "causal-text"}}
-
-    @classmethod
-    def training_recipe(cls, spec: DataSpec) -> dict[str, Any]:  # noqa: ARG003
-        return {"steps": 3000, "batch_size": 64, "lr": 1e-3}
-
     def build(self, spec: DataSpec) -> TokenDiffusion:
         return TokenDiffusion(self, spec)
 
 
-def _require_text(spec: DataSpec) -> None:
-    if spec.alphabet is None:
-        raise UserError(f"token-diffusion: is for text (--data text:FILE, text:python), and these data are {spec.kind}")
-
-
-class TokenDiffusion(GenerativeModel):
+class TokenDiffusion(Characters):
     """See the module's text.
 
     Attributes:
@@ -80,22 +62,17 @@ class TokenDiffusion(GenerativeModel):
     """
 
     config: TokenDiffusionConfig
-    takes_text = True
     table: Tensor
 
     def __init__(self, config: TokenDiffusionConfig, spec: DataSpec):
         super().__init__(config, spec)
-        _require_text(spec)
-        self.symbols, self.length = len(spec.alphabet or ""), spec.shape[0]
+        self.length = spec.shape[0]
         drawn = torch.randn(self.symbols, config.dimension, generator=seeded("table", self.symbols, config.dimension))
         self.register_buffer("table", F.normalize(drawn, dim=1))
         self.parametrization = EDMParametrization(sigma_data=config.dimension**-0.5)
         self.network = config.network.build((self.length, 1 + config.dimension), num_outputs=self.symbols)
         self.times = config.times.build(config.schedule)
         TimeGrid.of(config.schedule, config.sampling.num_steps, config.sampling.spacing)
-
-    def networks(self) -> list[nn.Module]:
-        return [self.network]
 
     def probe(self, items: int) -> None:
         z = torch.zeros(items, self.length, self.config.dimension, device=self.device)
@@ -127,34 +104,10 @@ class TokenDiffusion(GenerativeModel):
         TimeGrid.of(self.config.schedule, sampling.num_steps, sampling.spacing)
         return sampling
 
-    def generate(
-        self,
-        draws: Draws,
-        sampling: SamplingConfig,
-        condition: Tensor | None,  # noqa: ARG002
-        on_step: Watch,
-    ) -> tuple[Tensor, int]:
-        codes = torch.zeros(draws.count, self.length, dtype=torch.int64, device=self.device)
-        return self._written(codes, torch.ones_like(codes, dtype=torch.bool), draws, sampling, on_step)
-
-    def complete(
-        self,
-        known: Tensor,
-        times: Tensor | None,  # noqa: ARG002
-        draws: Draws,
-        sampling: SamplingConfig,
-        condition: Tensor | None,  # noqa: ARG002
-        on_step: Watch,
-    ) -> tuple[Tensor, int]:
-        """`generate`, given some characters; what comes after a gap does not tell what is in it."""
-        missing = known.isnan()
-        codes = self.spec.to_levels(known.nan_to_num())
-        return self._written(codes.to(self.device), missing.to(self.device), draws, sampling, on_step)
-
-    def _written(
+    def written(
         self, codes: Tensor, missing: Tensor, draws: Draws, sampling: SamplingConfig, on_step: Watch
     ) -> tuple[Tensor, int]:
-        """Codes, int64 (count, length), with those that are missing drawn from left to right."""
+        """As of `Characters`, from left to right: what comes after a gap does not tell what is in it."""
         assert isinstance(sampling, TokenSampling)
         levels = TimeGrid.of(self.config.schedule, sampling.num_steps, sampling.spacing).levels
         places = [place for place in range(self.length) if bool(missing[:, place].any())]
@@ -167,10 +120,9 @@ class TokenDiffusion(GenerativeModel):
             z[:, place] = noise * levels[0].sigma
             for level, following in pairwise(levels):
                 logits = self.logits(codes, z, level)[..., place]
-                if not bool(logits.isfinite().all()):
-                    raise UserError("token-diffusion: the network answers NaN or infinity; has training diverged?")
+                self.require_finite(logits)
                 ratio = following.sigma / level.sigma
                 z[:, place] = ratio * z[:, place] + (1 - ratio) * (logits.softmax(1) @ self.table)
             codes[:, place] = torch.where(missing[:, place], logits.argmax(1), codes[:, place])
             on_step(done, len(places))
-        return self.spec.from_levels(codes), len(places) * sampling.num_steps
+        return codes, len(places) * sampling.num_steps

@@ -63,47 +63,47 @@ class CausalTextConfig(_StackOfText):
         return CausalText(self, event_shape[0], event_shape[1] - 1, num_outputs)
 
 
-class Text(nn.Module):
-    """See `TextConfig`."""
+class _Body(nn.Module):
+    """What both have: embeddings of characters, places and time, the layers, the head."""
 
-    def __init__(self, config: TextConfig, length: int, symbols: int):
+    def __init__(self, config: _StackOfText, length: int, symbols: int):
         super().__init__()
         self.config, self.length, self.symbols = config, length, symbols
-        self.embed = nn.Embedding(symbols + 1, config.width)
-        self.places = nn.Parameter(torch.randn(length, config.width) * 0.02)
-        self.time = nn.Sequential(Linear(config.width, config.width), nn.SiLU(), Linear(config.width, config.width))
+        width = config.width
+        self.embed = nn.Embedding(symbols + 1, width)  # one more than there are characters
+        self.places = nn.Parameter(torch.randn(length, width) * 0.02)
+        self.time = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
         self.blocks = config.layers()
-        self.norm = nn.LayerNorm(config.width, elementwise_affine=False)
-        self.modulation = near_zero_(Linear(config.width, 2 * config.width))
-        self.head = near_zero_(Linear(config.width, symbols))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = near_zero_(Linear(width, 2 * width))
+        self.head = near_zero_(Linear(width, symbols))
 
-    def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:  # noqa: ARG002
-        """Codes (B, length), label (B,) -> logits (B, symbols, length)."""
-        h = self.embed(x.long()) + self.places
+    def answer(self, h: Tensor, label: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Logits (B, symbols, length) of the last places of tokens (B, T, width); `seen` as of `Layer`."""
         told = F.silu(self.time(sinusoids(label, self.config.width, self.config.time_frequency).to(h.dtype)))
         for block in self.blocks:
-            h = block(h, told)
+            h = block(h, told, seen)
         shift, scale = self.modulation(told)[:, None].chunk(2, -1)
-        logits: Tensor = self.head(self.norm(h) * (1 + scale) + shift)
+        logits: Tensor = self.head(self.norm(h[:, -self.length :]) * (1 + scale) + shift)
         return logits.mT
 
 
-class CausalText(nn.Module):
-    """See `CausalTextConfig`."""
+class Text(_Body):
+    """See `TextConfig`; the last symbol is the mask."""
+
+    def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """Codes (B, length), label (B,) -> logits (B, symbols, length)."""
+        return self.answer(self.embed(x.long()) + self.places, label)
+
+
+class CausalText(_Body):
+    """See `CausalTextConfig`; the last symbol is that before the first character."""
 
     seen: Tensor
 
     def __init__(self, config: CausalTextConfig, length: int, dimension: int, symbols: int):
-        super().__init__()
-        self.config, self.length, self.symbols = config, length, symbols
-        self.embed = nn.Embedding(symbols + 1, config.width)  # the last is that before the first character
+        super().__init__(config, length, symbols)
         self.noisy = Linear(dimension, config.width)
-        self.places = nn.Parameter(torch.randn(length, config.width) * 0.02)
-        self.time = nn.Sequential(Linear(config.width, config.width), nn.SiLU(), Linear(config.width, config.width))
-        self.blocks = config.layers()
-        self.norm = nn.LayerNorm(config.width, elementwise_affine=False)
-        self.modulation = near_zero_(Linear(config.width, 2 * config.width))
-        self.head = near_zero_(Linear(config.width, symbols))
         # Clean place i holds the character before i: seen by places from i on.
         before = torch.ones(length, length, dtype=torch.bool).tril()
         own = torch.eye(length, dtype=torch.bool)
@@ -115,9 +115,4 @@ class CausalText(nn.Module):
         """Codes and noisy embeddings (B, length, 1 + d), label (B,) -> logits (B, symbols, length)."""
         codes = F.pad(x[:, :-1, 0].long(), (1, 0), value=self.symbols)
         h = torch.cat([self.embed(codes) + self.places, self.noisy(x[..., 1:]) + self.places], 1)
-        told = F.silu(self.time(sinusoids(label, self.config.width, self.config.time_frequency).to(h.dtype)))
-        for block in self.blocks:
-            h = block(h, told, self.seen)
-        shift, scale = self.modulation(told)[:, None].chunk(2, -1)
-        logits: Tensor = self.head(self.norm(h[:, self.length :]) * (1 + scale) + shift)
-        return logits.mT
+        return self.answer(h, label, self.seen)
