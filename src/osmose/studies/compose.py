@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +13,12 @@ from osmose.acceleration.quantization import quantize
 from osmose.acceleration.surrogate import Pair
 from osmose.methods.base import GenerativeModel
 from osmose.metrics.evaluate import score_samples
+from osmose.studies.measures import by_openvino, sample_milliseconds
 from osmose.studies.plots import panels, real
 from osmose.studies.study import Cell, Claim, Results, Row, Study, Trained
 from osmose.studies.verdicts import lower, mean_and_spread, same
 from osmose.training.run import Run
-from osmose.training.runtime import Runtime, use_graphs, write_graphs
+from osmose.training.runtime import Runtime
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,10 +99,8 @@ class Compose(Study):
                 )
                 runtime: Runtime = "torch" if self.quick else "openvino"
                 models |= {"second": small.model(runtime=runtime), "both": both.model(runtime=runtime)}
-                models["runtime"], options["runtime"] = one.model(), options["neither"]
-                if not self.quick:
-                    write_graphs(models["runtime"], folder / "graphs", "")
-                    use_graphs(models["runtime"], folder / "graphs")
+                models["runtime"] = one.model() if self.quick else by_openvino(one, folder / "graphs")
+                options["runtime"] = options["neither"]
             return _rows(trained, models, options)
 
     @property
@@ -190,17 +188,13 @@ def lost(results: Results, name: str, which: str) -> np.ndarray:
 def _rows(
     trained: Trained, models: Mapping[str, GenerativeModel], options: Mapping[str, Mapping[str, Any]]
 ) -> list[Row]:
-    settings, times = trained.cell.settings, {which: [] for which in models}  # type: ignore[var-annotated]
-    for turn in range(4):
-        for which in models:
-            samples = models[which].sample(settings["items"], seed=trained.seed, **options[which])
-            if turn:  # the first is not timed
-                times[which].append(1e3 * samples.seconds / settings["items"])
+    settings = trained.cell.settings
+    ms = sample_milliseconds(models, settings["items"], trained.seed, options)
     rows = []
     for which in models:
         samples = models[which].sample(settings["n"], seed=trained.seed, **options[which])
         (score,) = score_samples(samples.data, trained.dataset, metrics=["fd_clf"], seed=trained.seed)
         assert score.floor is not None
-        values = {"score": score.value, "score_real": score.floor, "ms": statistics.median(times[which])}
+        values = {"score": score.value, "score_real": score.floor, "ms": ms[which]}
         rows.append(Row({"with_": which}, values | {"nfe": samples.nfe}))
     return rows

@@ -15,11 +15,13 @@ import numpy as np
 from osmose.analysis.gradients import GradientNoise, gradient_noise
 from osmose.analysis.likelihood import likelihood
 from osmose.data.dataset import DataConfig, Dataset
+from osmose.methods.base import GenerativeModel
 from osmose.methods.times import LossAwareSampler
 from osmose.studies.study import Trained
 from osmose.training import files
 from osmose.training.recipes import recipe
 from osmose.training.run import Run
+from osmose.training.runtime import use_graphs, write_graphs
 from osmose.training.trainer import Trainer
 from osmose.training.window import Window
 
@@ -91,6 +93,39 @@ def step_seconds(
                     trainer.step += 1
                 if turn:  # the first warms up
                     found[name].append((time.process_time() - start) / steps)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def by_openvino(run: Run, folder: Path) -> GenerativeModel:
+    """The model of a run that others may be reading, computed by OpenVINO from graphs in another folder."""
+    model = run.model()
+    write_graphs(model, folder, run.hash())
+    use_graphs(model, folder)
+    return model
+
+
+def sample_milliseconds(
+    models: Mapping[str, GenerativeModel],
+    items: int,
+    seed: int,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    rounds: int = 3,
+) -> dict[str, float]:
+    """Milliseconds a sample of several models, in turns so that all see one machine.
+
+    Args:
+        models: by name.
+        items: samples that are drawn at once.
+        seed: of them.
+        options: of each model's sampling.
+        rounds: turns; the median of each model's is its result.
+    """
+    found = {name: [] for name in models}  # type: ignore[var-annotated]
+    for turn in range(rounds + 1):
+        for name, model in models.items():
+            samples = model.sample(items, seed=seed, **(options or {}).get(name, {}))
+            if turn:  # the first warms up
+                found[name].append(1e3 * samples.seconds / items)
     return {name: statistics.median(times) for name, times in found.items()}
 
 

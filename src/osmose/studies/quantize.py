@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from osmose.acceleration.precision import deviation, drawn, labels_of, search, switched
 from osmose.acceleration.quantization import quantize
-from osmose.data.dataset import DataConfig
-from osmose.errors import UserError
 from osmose.gaussian.draws import mix
 from osmose.methods.base import GenerativeModel
 from osmose.metrics.evaluate import score_samples
-from osmose.networks import graphs
+from osmose.studies.measures import by_openvino, sample_milliseconds
 from osmose.studies.plots import log_scale, panels, real
+from osmose.studies.runtimes import BATCHES, NETWORKS, speed_table, speeds
 from osmose.studies.study import Cell, Claim, Results, Row, Study, Trained
 from osmose.studies.verdicts import lower, mean_and_spread, within
-from osmose.training.recipes import recipe
 from osmose.training.run import Run
-from osmose.training.runtime import networks_of, use_graphs, write_graphs
-from osmose.training.trainer import built
+from osmose.training.runtime import bare_networks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,14 +46,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
 #: What whole samples are drawn by.
 SAMPLED = ("torch fp32", "openvino fp32", "openvino int8", "openvino int8, 2 fp32 steps at each end")
 _FASHION = ("int8", "int8-qat", "six", "six-qat")
-#: Networks whose speed is measured, on images of 32x32, with weights of chance.
-NETWORKS: dict[str, dict[str, Any]] = {
-    "unet": {"network.channels": 64, "network.mult": [1, 2, 2], "network.blocks": 1, "network.attention": [8]},
-    "dit": {"network": "dit", "network.width": 192, "network.depth": 8, "network.patch": 2},
-}
-RUNTIMES = ("torch fp32", "torch bf16", "torch.compile", "onnxruntime fp32", "onnxruntime int8", "openvino fp32",
-            "openvino bf16", "openvino int8")  # fmt: skip
-_BATCHES = (1, 8)
 #: Steps in high precision where four of them are chosen.
 PLACES = ("none", "first 4", "last 4", "2 and 2", "worst 4", "budget")
 
@@ -200,7 +183,7 @@ class QuantizeStudy(Study):
             return [Row({}, values | {"bytes": made.weights.stat().st_size})]
 
     def _steps(self, trained: Trained, exact: GenerativeModel, made: Run) -> list[Row]:
-        low = [network for _, _, network in networks_of(made.model())]
+        low = bare_networks(made.model())
         labels = labels_of(exact)
         # Other noise than that which is scored.
         told: dict[str, Any] = {"items": trained.cell.settings.get("items", 32), "seed": mix(trained.seed, "search")}
@@ -233,27 +216,16 @@ class QuantizeStudy(Study):
         """Whole samples in each runtime, in turns."""
         source = trained.of(trained.cell.uses[0])
         said: dict[str, Any] = {"seed": trained.seed, "progress": False}
-        made = {
-            "torch fp32": source,
-            "openvino int8": quantize(source, folder / "int8", **said),
-            "openvino int8, 2 fp32 steps at each end": quantize(source, folder / "ends", ends=2, **said),
-        }
         models = {
-            name: run.model(runtime="openvino" if name != "torch fp32" else "torch") for name, run in made.items()
+            "torch fp32": source.model(),
+            "openvino fp32": by_openvino(source, folder / "graphs"),
+            "openvino int8": quantize(source, folder / "int8", **said).model(runtime="openvino"),
+            "openvino int8, 2 fp32 steps at each end": quantize(source, folder / "ends", ends=2, **said).model(
+                runtime="openvino"
+            ),
         }
-        models["openvino fp32"] = source.model()
-        write_graphs(models["openvino fp32"], folder / "graphs", "")
-        use_graphs(models["openvino fp32"], folder / "graphs")
-        times: dict[str, list[float]] = {name: [] for name in SAMPLED}
-        for turn in range(4):
-            for name in SAMPLED:
-                samples = models[name].sample(64, seed=trained.seed)
-                if turn:  # the first is not timed
-                    times[name].append(1e3 * samples.seconds / 64)
-        return [
-            Row({"runtime": name}, scored(trained, models[name], exact) | {"ms": statistics.median(times[name])})
-            for name in SAMPLED
-        ]
+        ms = sample_milliseconds(models, 64, trained.seed)
+        return [Row({"runtime": name}, scored(trained, models[name], exact) | {"ms": ms[name]}) for name in SAMPLED]
 
     def claims(self) -> list[Claim]:
         def sized(text: str, name: str, low: float, high: float) -> Claim:
@@ -305,7 +277,7 @@ class QuantizeStudy(Study):
                 )
             )
         for name in NETWORKS:
-            for items in _BATCHES:
+            for items in BATCHES:
                 claims += [timed(text, name, items, a, b, factor) for text, a, b, factor in _FASTER]
         return claims
 
@@ -349,7 +321,7 @@ class QuantizeStudy(Study):
             ]
         for name in NETWORKS:
             if f"speed-{name}" in results.rows:
-                tables[f"{name}: ms an image"] = _speed_table(results, f"speed-{name}")
+                tables[f"{name}: ms an image"] = speed_table(results, f"speed-{name}")
         return tables
 
     def figures(self, results: Results) -> dict[str, Figure]:
@@ -381,88 +353,3 @@ def scored(trained: Trained, model: GenerativeModel, exact: GenerativeModel) -> 
     assert score.floor is not None
     away = deviation(samples, drawn(exact, n, trained.seed))
     return {"score": score.value, "score_real": score.floor, "deviation": away}
-
-
-def _speed_table(results: Results, cell: str) -> list[dict[str, str]]:
-    rows = []
-    for runtime in RUNTIMES:
-        row = {"runtime": runtime}
-        for batch in _BATCHES:
-            ms = results.values(cell, "ms", runtime=runtime, items=batch)
-            slow = results.values(cell, "ms", runtime=RUNTIMES[0], items=batch)
-            row[f"{batch} at a time"] = f"{mean_and_spread(ms)} ({(slow / ms).mean():.2f}x)"
-        row["relative error"] = f"{results.values(cell, 'error', runtime=runtime, items=_BATCHES[-1]).mean():.1e}"
-        rows.append(row)
-    return rows
-
-
-def speeds(network: dict[str, Any], seed: int) -> list[Row]:
-    """Milliseconds an image of one evaluation in every runtime, in turns, and how far each is from torch in fp32.
-
-    Raises:
-        UserError: a runtime is not installed.
-    """
-    for name in ("openvino", "onnxruntime", "onnxscript"):
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"study quantize: needs {name}; install it with: pip install 'osmose[export]'")
-    torch.manual_seed(seed)
-    digits = DataConfig(source="digits", size=32)
-    config = recipe("edm", digits, digits.load(), seed, network | {"sampling.num_steps": 6})
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        run = Run.create(folder / "run", config)
-        model = built(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.02 * torch.randn_like(parameter))
-        run.write_weights(model.state_dict())
-        made = quantize(run, folder / "int8", progress=False, items=8, with_graphs=False)
-        half = quantize(run, folder / "bf16", to="bf16", progress=False, with_graphs=False)
-        fp32, int8, bf16 = (networks_of(other.model())[0][2] for other in (run, made, half))
-        return _timed(fp32, int8, bf16, config.spec.shape, folder)
-
-
-def _timed(fp32: nn.Module, int8: nn.Module, bf16: nn.Module, shape: tuple[int, ...], folder: Path) -> list[Row]:
-    import onnxruntime
-
-    def graph(network: nn.Module, target: graphs.Target) -> Path:
-        place = folder / f"{target}-{len(list(folder.iterdir()))}"
-        place.mkdir()
-        return graphs.write(network, shape, False, place, target)
-
-    def session(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        opened = onnxruntime.InferenceSession(graph(network, "onnx"), options)
-        return lambda x, label: torch.from_numpy(opened.run(None, {"x": x.numpy(), "label": label.numpy()})[0])
-
-    compiled = torch.compile(fp32, dynamic=False)  # for each number of items by itself
-    calls: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "torch fp32": fp32,
-        "torch bf16": bf16,
-        "torch.compile": lambda x, label: compiled(x, label),
-        "onnxruntime fp32": session(fp32),
-        "onnxruntime int8": session(int8),
-        **{
-            f"openvino {kind}": graphs.Graph(graph(network, "openvino"), network)
-            for kind, network in (("fp32", fp32), ("bf16", bf16), ("int8", int8))
-        },
-    }
-    rows = []
-    with torch.inference_mode():
-        for items in _BATCHES:
-            x = torch.randn(items, *shape, generator=torch.Generator().manual_seed(0))
-            label = torch.full((items,), 300.0)
-            outs = {name: call(x, label) for name, call in calls.items()}  # the first is not timed
-            times: dict[str, list[float]] = {name: [] for name in calls}
-            for _ in range(5):
-                for name, call in calls.items():
-                    start = time.perf_counter()
-                    call(x, label)
-                    times[name].append(time.perf_counter() - start)
-            right = outs["torch fp32"]
-            for name in RUNTIMES:
-                error = float((outs[name] - right).norm() / right.norm())
-                ms = 1e3 * statistics.median(times[name]) / items
-                rows.append(Row({"runtime": name, "items": items}, {"ms": ms, "error": error}))
-    return rows
