@@ -38,7 +38,8 @@ from osmose.training.config import RunConfig
 from osmose.training.progress import Progress
 from osmose.training.recipes import checked
 from osmose.training.run import Run, require_free, versions
-from osmose.training.trainer import DivergedError, Trainer, built, stopping_on_signal
+from osmose.training.signals import stopping_on_signal
+from osmose.training.trainer import DivergedError, Trainer, built
 
 Order = Literal["sequential", "interleaved"]
 #: What a worker of several is told of the others.

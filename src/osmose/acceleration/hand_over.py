@@ -23,7 +23,7 @@ from torch import Tensor
 
 from osmose.acceleration.surrogate import Pair
 from osmose.data.dataset import Dataset
-from osmose.data.pictures import has_picture, image_grid
+from osmose.data.pictures import beside, has_picture
 from osmose.errors import UserError, nearest
 from osmose.gaussian.draws import SampleDraws, mix, seeded
 from osmose.methods.messages import OnStep
@@ -328,14 +328,8 @@ def write_sweep(result: Sweep, pair: Pair, folder: Path) -> list[Path]:
     if spec.kind == "image" and has_picture(spec):
         paths.append(folder / "beside.png")
         with files.replacing(paths[-1]) as temporary:
-            beside(*result.pictures, pair.model).save(temporary, format="png")
+            beside(*result.pictures, spec).save(temporary, format="png")
     return paths
-
-
-def beside(rough: Tensor, finished: Tensor, model: Surrogate, columns: int = 8) -> Any:
-    """A grid of images: a row of rough samples, below it a row of what became of them, and so on."""
-    rows = [part for pair in zip(rough.split(columns), finished.split(columns), strict=True) for part in pair]
-    return image_grid(torch.cat(rows), model.spec, columns=columns)
 
 
 def _metrics(dataset: Dataset) -> set[str]:

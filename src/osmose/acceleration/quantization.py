@@ -39,22 +39,22 @@ from osmose.acceleration.ranges import (
 from osmose.acceleration.tutoring import Tutored, denoisers
 from osmose.configuration import ConfigError
 from osmose.data.dataset import Dataset
-from osmose.data.pictures import has_picture, image_grid
+from osmose.data.pictures import beside, has_picture
 from osmose.errors import UserError
 from osmose.gaussian.draws import mix
 from osmose.methods.base import GenerativeModel, MethodConfig
 from osmose.methods.diffusion import Diffusion
 from osmose.networks import graphs
 from osmose.networks.base import NetworkConfig
-from osmose.networks.experts import Experts, ExpertsConfig
-from osmose.networks.integers import Inputs, IntegerLayer, RoundedLayer
+from osmose.networks.experts import ExpertsConfig
+from osmose.networks.integers import Inputs, RoundedLayer
 from osmose.networks.processor import instructions
-from osmose.networks.quantized import BF16, BF16Config, QuantizedConfig, in_fewer_bits
+from osmose.networks.quantized import BF16Config, QuantizedConfig, fill, in_fewer_bits, to_integers
 from osmose.training import files
 from osmose.training.config import RunConfig
 from osmose.training.progress import Progress, sampling_bar
 from osmose.training.run import Run, data_of, require_free, versions
-from osmose.training.runtime import networks_of, why_not, write_graphs
+from osmose.training.runtime import bare_networks, why_not, write_graphs
 from osmose.training.trainer import Trainer
 
 #: Samples that are compared with the run's own.
@@ -133,7 +133,7 @@ class Quantization:
         if in_fewer_bits(method.network_config):
             raise UserError(f"RUN: {self.source.folder} is quantized already")
         model = self.source.model()
-        for _, _, network in networks_of(model):
+        for network in bare_networks(model):
             if (why := graphs.without(network)) is not None:
                 raise UserError(why)
         if config.mixed and isinstance(method.network_config, ExpertsConfig):
@@ -188,15 +188,16 @@ class Quantization:
             return True
         wrapped = self._layers(real)
         rounded = self._with(wrapped, "rounded")
-        found = self._calibrated(real, rounded, dataset, progress)
+        self._calibrate(real, rounded, dataset, progress)
         if self.config.tuning is not None:
             assert dataset is not None
             if not self._tuned(rounded, real, wrapped, dataset, progress):
                 return False
-            found = self._errors(real, rounded, dataset, progress)
+        errors = self._errors(real, rounded, dataset, progress)
         whole = self._with(wrapped, "integers")
-        _copy(rounded, whole)
-        more: dict[str, Any] = {"layers": self._of_layers(rounded, found)}
+        for one, other in zip(bare_networks(rounded), bare_networks(whole), strict=True):
+            to_integers(one, other)
+        more: dict[str, Any] = {"layers": self._of_layers(rounded, errors)}
         config = rewritten(method, lambda index, _: wrapped[index])
         if self.config.mixed:
             edges, owners = self._high(real, whole, more, progress)
@@ -215,7 +216,7 @@ class Quantization:
         """Each network as a quantised one."""
         config, found = self.config, []
         inner_configs = leaves(self.source.config.method)
-        for index, (_, _, network) in enumerate(networks_of(model)):
+        for index, network in enumerate(bare_networks(model)):
             sees = inner(network, model.spec.shape, model.device)
             inputs: Inputs = config.inputs
             layers = chosen_layers(sees, inputs, config.keep)
@@ -241,43 +242,33 @@ class Quantization:
         with sampling_bar(label, show) as on_step:
             run_through(real, self.config.calibration, items, self.config.seed, dataset, on_step)
 
-    def _calibrated(
-        self, real: GenerativeModel, rounded: GenerativeModel, dataset: Dataset | None, progress: bool
-    ) -> list[dict[str, float]]:
-        """Measure ranges, round weights and correct biases; the error of each layer then."""
-        networks = [network for _, _, network in networks_of(real)]
-        forms = [_rounded_layers(network) for _, _, network in networks_of(rounded)]
+    def _calibrate(self, real: GenerativeModel, rounded: GenerativeModel, dataset: Dataset | None, show: bool) -> None:
+        """Measure ranges, round weights and correct biases."""
+        networks, forms = bare_networks(real), [_rounded_layers(network) for network in bare_networks(rounded)]
         for form in forms:
             for layer in form.values():
                 layer.shrink_weights()
         if self.config.inputs == "static":
-            observe(networks, forms, lambda: self._run(real, dataset, self.config.items, "measuring ranges", progress))
-        errors = self._measured(real, rounded, dataset, progress)
-        correct_biases(forms, errors)
-        return [{name: error.left for name, error in own.items()} for own in errors]
+            observe(networks, forms, lambda: self._run(real, dataset, self.config.items, "measuring ranges", show))
+        correct_biases(forms, self._errors(real, rounded, dataset, show))
 
     def _errors(
-        self, real: GenerativeModel, rounded: GenerativeModel, dataset: Dataset | None, progress: bool
-    ) -> list[dict[str, float]]:
-        """The error of each layer as it is."""
-        errors = self._measured(real, rounded, dataset, progress)
-        return [{name: error.relative for name, error in own.items()} for own in errors]
-
-    def _measured(
-        self, real: GenerativeModel, rounded: GenerativeModel, dataset: Dataset | None, progress: bool
+        self, real: GenerativeModel, rounded: GenerativeModel, dataset: Dataset | None, show: bool
     ) -> list[dict[str, LayerError]]:
-        networks = [network for _, _, network in networks_of(real)]
-        forms = [_rounded_layers(network) for _, _, network in networks_of(rounded)]
+        """The errors of each network's rounded layers."""
+        networks, forms = bare_networks(real), [_rounded_layers(network) for network in bare_networks(rounded)]
         few = max(1, self.config.items // 4)
-        return layer_errors(networks, forms, lambda: self._run(real, dataset, few, "measuring errors", progress))
+        return layer_errors(networks, forms, lambda: self._run(real, dataset, few, "measuring errors", show))
 
     @staticmethod
-    def _of_layers(rounded: GenerativeModel, found: list[dict[str, float]]) -> list[dict[str, Any]]:
+    def _of_layers(rounded: GenerativeModel, found: list[dict[str, LayerError]]) -> list[dict[str, Any]]:
         """What quantization.json says of each layer."""
         lines = []
-        for index, ((_, _, network), errors) in enumerate(zip(networks_of(rounded), found, strict=True)):
-            for name, layer in _rounded_layers(network).items():
-                line = {"network": index, "name": name, "inputs": layer.form.inputs, "error": errors.get(name, 0.0)}
+        for index, (network, errors) in enumerate(zip(bare_networks(rounded), found, strict=True)):
+            layers = _rounded_layers(network)
+            for name, error in errors.items():
+                layer = layers[name]
+                line = {"network": index, "name": name, "inputs": layer.form.inputs, "error": error.relative}
                 if layer.form.inputs == "static":
                     line |= {"scale": layer.scale.tolist(), "zero": layer.zero.tolist()}
                 lines.append(line)
@@ -342,7 +333,7 @@ class Quantization:
                     self.source.config.method, lambda _, network: BF16Config(network=network)
                 ).build(self.source.config.spec)  # fmt: skip
                 _put_together(better.eval(), real, real)
-            low = [network for _, _, network in networks_of(whole)]
+            low = bare_networks(whole)
             with sampling_bar("steps that need precision", progress) as on_step:
                 found = search(better, low, config.budget, right=right, items=items, seed=seed, on_step=on_step)
             more["precision"] = found.to_json()
@@ -395,10 +386,8 @@ class Quantization:
             raise UserError(f"RUN: {self.source.folder}: its samples in fewer bits are not finite; take more bits")
         spec = real.spec
         if spec.kind == "image" and has_picture(spec):
-            rows = zip(spec.decode(right[:32]).split(8), spec.decode(samples[:32]).split(8), strict=True)
             with files.replacing(self.folder / "samples" / "beside.png") as temporary:
-                grid = image_grid(torch.cat([part for pair in rows for part in pair]), spec, columns=8)
-                grid.save(temporary, format="png")
+                beside(spec.decode(right[:32]), spec.decode(samples[:32]), spec).save(temporary, format="png")
         return {"deviation": deviation(samples, right), "samples": _COMPARED}
 
 
@@ -445,23 +434,6 @@ def _rounded_layers(network: nn.Module) -> dict[str, RoundedLayer]:
 
 
 @torch.no_grad()
-def _copy(rounded: nn.Module, whole: nn.Module) -> None:
-    """Give a model with integer layers what one with rounded layers rounds to, and all else that it has."""
-    layers = dict(whole.named_modules())
-    taken: set[str] = set()
-    for name, layer in rounded.named_modules():
-        if isinstance(layer, RoundedLayer):
-            target = layers[name]
-            assert isinstance(target, IntegerLayer)
-            layer.integers(target)
-            taken.add(f"{name}.")
-    own = whole.state_dict()
-    for name, value in rounded.state_dict().items():
-        if not any(name.startswith(prefix) for prefix in taken):
-            own[name].copy_(value)
-
-
-@torch.no_grad()
 def _put_together(model: GenerativeModel, real: GenerativeModel, whole: GenerativeModel) -> None:
     """Give a model the weights of the networks that it is made of, and all else that a run's model has."""
     own = model.state_dict()
@@ -469,20 +441,4 @@ def _put_together(model: GenerativeModel, real: GenerativeModel, whole: Generati
         if name in own and own[name].shape == value.shape and own[name].dtype == value.dtype:
             own[name].copy_(value)
     for target, one, other in zip(denoisers(model), denoisers(real), denoisers(whole), strict=True):
-        _fill(target.network, one.network, other.network)
-
-
-@torch.no_grad()
-def _fill(target: nn.Module, real: nn.Module, whole: nn.Module) -> None:
-    """Give a network the weights of the networks that it is made of: in real numbers, and in integers."""
-    if isinstance(target, BF16):
-        target.network.load_state_dict(real.state_dict())
-    elif isinstance(target, Experts) and isinstance(whole, Experts):
-        for part, one, other in zip(target.parts, real.parts, whole.parts, strict=True):  # type: ignore[arg-type]
-            _fill(part, one, other)
-    elif isinstance(target, Experts):
-        for part in target.parts:
-            _fill(part, real, whole)
-    else:
-        integers = any(isinstance(module, IntegerLayer) for module in target.modules())
-        target.load_state_dict((whole if integers else real).state_dict())
+        fill(target.network, one.network, other.network)

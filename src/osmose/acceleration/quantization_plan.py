@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -89,15 +89,8 @@ def leaves(method: MethodConfig) -> list[NetworkConfig]:
 
 def rewritten(method: MethodConfig, change: Callable[[int, NetworkConfig], NetworkConfig]) -> MethodConfig:
     """A method with other networks, each made from its place among `leaves` and what it is."""
-    inner_method = getattr(method, "model", None)
-    if inner_method is not None:
-        made: MethodConfig = method.replace(model=rewritten(inner_method, change).to_json())
-        return made
-    network = method.network_config
-    assert network is not None, "refused before"
-    if isinstance(network, ExpertsConfig):
-        parts = [change(index, part).to_json() for index, part in enumerate(network.parts)]
-        other: dict[str, Any] = network.to_json() | {"parts": parts}
-    else:
-        other = change(0, network).to_json()
-    return type(method).parse(method.to_json() | {"network": other})
+    made = [change(index, network) for index, network in enumerate(leaves(method))]
+    whole = method.network_config
+    if isinstance(whole, ExpertsConfig):
+        return method.with_network(whole.replace(parts=[part.to_json() for part in made]))
+    return method.with_network(made[0])

@@ -43,7 +43,7 @@ from osmose.methods.students import StudentConfig, Students
 from osmose.training import files
 from osmose.training.config import Parent, RunConfig
 from osmose.training.run import Run, is_first_process, require_free, versions
-from osmose.training.trainer import stopping_on_signal
+from osmose.training.signals import stopping_on_signal
 
 
 class TrajectoriesConfig(Config):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from osmose.cli.command import Result, quiet_warnings
+from osmose.cli.command import Result, quiet_warnings, whole_numbers
 from osmose.cli.train import Train
 from osmose.errors import UserError
 
@@ -162,9 +162,4 @@ class Merge:
 
 
 def _numbers(name: str, text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise UserError(f"--{name}: {text!r} is not valid: should be whole numbers, as 0,2") from None
+    return None if text is None else whole_numbers(f"--{name}", text, "0,2")

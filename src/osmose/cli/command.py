@@ -173,3 +173,15 @@ def quiet_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"osmose: note: {message}", file=sys.stderr)
         yield
+
+
+def whole_numbers(flag: str, text: str, example: str) -> list[int]:
+    """Read N,N,...
+
+    Raises:
+        UserError: something else; it names the flag.
+    """
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"{flag}: {text!r} is not valid: should be whole numbers, as {example}") from None

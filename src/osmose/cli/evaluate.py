@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, Suppress, arg
 
-from osmose.cli.command import Result, angles, quiet_warnings, sampling_options
+from osmose.cli.command import Result, angles, quiet_warnings, sampling_options, whole_numbers
 from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
 
@@ -206,10 +206,7 @@ class Evaluate:
 
 
 def _numbers(text: str) -> list[int]:
-    try:
-        numbers = [int(word) for word in text.split(",")]
-    except ValueError:
-        raise UserError(f"--steps: {text!r} is not valid: should be whole numbers, as in 4,20,100") from None
+    numbers = whole_numbers("--steps", text, "4,20,100")
     if min(numbers) < 1:
         raise UserError(f"--steps: {min(numbers)} is not valid: must be at least 1")
     return numbers

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from osmose.cli.command import Result, quiet_warnings
+from osmose.cli.command import Result, quiet_warnings, whole_numbers
 from osmose.configuration import ConfigError
 from osmose.errors import UserError
 
@@ -113,7 +113,7 @@ class Quantize:
         names = ("inputs", "bits", "weight_bits", "calibration", "items", "high", "ends", "budget", "seed")
         said: dict[str, Any] = {name: getattr(self, name) for name in names}
         said["to"] = None if self.to == "int8" else self.to
-        said["at"] = None if self.at is None else _numbers(self.at)
+        said["at"] = None if self.at is None else whole_numbers("--at", self.at, "1,2,20")
         said["keep"] = None if self.keep is None else self.keep.split(",")
         said["split"] = False if self.whole else None
         training = {name: getattr(self, name) for name in ("lr", "batch_size", "distillation")}
@@ -172,10 +172,3 @@ def _flag(path: str) -> str:
     first, _, rest = path.partition(".")
     name = {"tuning": "train", "split": "whole"}.get(first, first)
     return f"--{(rest if rest and rest != 'steps' else name).replace('_', '-')}"
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise UserError(f"--at: {text!r} is not valid: should be whole numbers, as 1,2,20") from None

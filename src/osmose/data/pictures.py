@@ -6,6 +6,7 @@ import io
 import math
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -38,6 +39,12 @@ def image_grid(data: Tensor, spec: DataSpec, *, columns: int | None = None, min_
         left = gap + (index % columns) * (width * factor + gap)
         canvas[top : top + height * factor, left : left + width * factor] = image.repeat(factor, 0).repeat(factor, 1)
     return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
+
+
+def beside(above: Tensor, below: Tensor, spec: DataSpec, columns: int = 8) -> Image.Image:
+    """A grid of images: a row of the first, below it the row of the second that belongs to it, and so on."""
+    rows = [part for pair in zip(above.split(columns), below.split(columns), strict=True) for part in pair]
+    return image_grid(torch.cat(rows), spec, columns=columns)
 
 
 def scatter(data: Tensor, reference: Tensor | None = None) -> Image.Image:

@@ -60,6 +60,10 @@ class MethodConfig(Config, ABC):
         network: NetworkConfig | None = getattr(self, "network", None)
         return network
 
+    def with_network(self, network: NetworkConfig) -> MethodConfig:
+        """The same with another network in the place of `network_config`."""
+        return type(self).parse(self.to_json() | {"network": network.to_json()})
+
     @classmethod
     @abstractmethod
     def recipe(cls, spec: DataSpec, data_std: float) -> dict[str, Any]:

@@ -70,6 +70,9 @@ class StudentConfig(MethodConfig):
         found: NetworkConfig | None = self.model.network_config
         return found
 
+    def with_network(self, network: NetworkConfig) -> MethodConfig:
+        return type(self).parse(self.to_json() | {"model": self.model.with_network(network).to_json()})
+
     def counts(self) -> list[int]:
         """Steps of the first teacher, and of each student in turn."""
         return [num_groups(groups) for groups in (self.teacher_grid, *self.grids)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from osmose.configuration import ConfigError
 from osmose.networks import NETWORKS
 from osmose.networks.base import NetworkConfig
-from osmose.networks.experts import ExpertsConfig
+from osmose.networks.experts import Experts, ExpertsConfig
 from osmose.networks.integers import Form, Inputs, IntegerLayer, RoundedLayer
 
 InnerChoice = Annotated[SerializeAsAny[NetworkConfig], BeforeValidator(NETWORKS.parse)]
@@ -80,3 +80,36 @@ class BF16(nn.Module):
         """X (B, *event), label (B,), condition (B,) or None -> float32 (B, outputs, ...)."""
         out: Tensor = self.network(x.to(torch.bfloat16), label, condition)
         return out.float()
+
+
+@torch.no_grad()
+def to_integers(rounded: nn.Module, whole: nn.Module) -> None:
+    """Give a network with integer layers what one with rounded layers rounds to, and all else that it has."""
+    layers = dict(whole.named_modules())
+    taken: set[str] = set()
+    for name, layer in rounded.named_modules():
+        if isinstance(layer, RoundedLayer):
+            target = layers[name]
+            assert isinstance(target, IntegerLayer)
+            layer.integers(target)
+            taken.add(f"{name}.")
+    own = whole.state_dict()
+    for name, value in rounded.state_dict().items():
+        if not any(name.startswith(prefix) for prefix in taken):
+            own[name].copy_(value)
+
+
+@torch.no_grad()
+def fill(target: nn.Module, real: nn.Module, whole: nn.Module) -> None:
+    """Give a network the weights of the networks that it is made of: in real numbers, and in integers."""
+    if isinstance(target, BF16):
+        target.network.load_state_dict(real.state_dict())
+    elif isinstance(target, Experts) and isinstance(whole, Experts):
+        for part, one, other in zip(target.parts, real.parts, whole.parts, strict=True):  # type: ignore[arg-type]
+            fill(part, one, other)
+    elif isinstance(target, Experts):
+        for part in target.parts:
+            fill(part, real, whole)
+    else:
+        integers = any(isinstance(module, IntegerLayer) for module in target.modules())
+        target.load_state_dict((whole if integers else real).state_dict())

@@ -23,6 +23,7 @@ from osmose.networks import graphs
 from osmose.networks.experts import Experts
 from osmose.networks.integers import IntegerLayer
 from osmose.training import files
+from osmose.training.signals import stopping_on_signal
 
 Runtime = Literal["auto", "torch", "openvino"]
 
@@ -38,6 +39,11 @@ def networks_of(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     return found
 
 
+def bare_networks(model: nn.Module) -> list[nn.Module]:
+    """The networks alone."""
+    return [network for _, _, network in networks_of(model)]
+
+
 def computed_by_graphs(model: nn.Module) -> bool:
     """Whether OpenVINO computes its networks."""
     return any(isinstance(module, graphs.Graph) for module in model.modules())
@@ -50,14 +56,14 @@ def has_integers(model: nn.Module) -> bool:
 
 def why_not(model: GenerativeModel, device: torch.device | str) -> str | None:
     """Why OpenVINO cannot compute a model here, in one line; None where it can."""
-    networks = networks_of(model)
+    networks = bare_networks(model)
     if torch.device(device).type != "cpu":
         return f"runtime: openvino computes on the CPU, and the device is {device}"
     if importlib.util.find_spec("openvino") is None:
         return "runtime: openvino is not installed; pip install 'osmose[export]'"
     if not networks:
         return f"runtime: {model.config.kind} has no network that openvino could compute"
-    for _, _, network in networks:
+    for network in networks:
         if why := graphs.without(network):
             return why
         if graphs.overflows(network):
@@ -77,10 +83,8 @@ def write_graphs(model: GenerativeModel, folder: Path, sha256: str) -> None:
     if name := graphs.missing("openvino"):
         raise UserError(f"runtime: openvino needs {name} to write graphs; pip install 'osmose[export]'")
     shutil.rmtree(folder, ignore_errors=True)
-    from osmose.training.trainer import stopping_on_signal
-
     with files.replacing(folder) as temporary:
-        for index, (_, _, network) in enumerate(networks_of(model)):
+        for index, network in enumerate(bare_networks(model)):
             place = temporary / str(index)
             place.mkdir(parents=True)
             with stopping_on_signal() as stopped:  # torch's exporter takes an interrupt for an error of the network

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from osmose.training.ema import EMA
 from osmose.training.optimizers import Work
 from osmose.training.progress import Progress
 from osmose.training.run import Run
+from osmose.training.signals import stopping_on_signal
 from osmose.training.window import Window
 
 #: The step whose random numbers validation uses: always the same, and none that training takes.
@@ -383,26 +383,6 @@ def built(config: RunConfig) -> GenerativeModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(config.seed, "weights"))
         return config.method.build(config.spec)
-
-
-@contextlib.contextmanager
-def stopping_on_signal() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list instead of dying of them; a second one kills as usual."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def note(number: int, _: Any) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    try:
-        for number in (int(signal.SIGTERM), int(signal.SIGINT)):
-            with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
-                previous[number] = signal.signal(number, note)
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def chosen_precision(wanted: str) -> str:
