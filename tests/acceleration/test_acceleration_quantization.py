@@ -187,6 +187,42 @@ def test_biases_take_the_mean_error(unet):
         assert error.relative <= before[name].relative * (1 + 1e-6)
 
 
+def test_layers_keep_their_bounds_on_what_calibration_meets(tmp_path, unet):
+    """No output is farther off than half steps and what lies beyond the ranges allow, of inputs and of weights."""
+    run = quantize(unet, tmp_path / "q", progress=False, **QUICK)
+    real, whole = unet.model(), run.model()
+    layers = {name: m for name, m in whole.denoiser.network.named_modules() if isinstance(m, IntegerLayer)}
+    seen, inside = {}, ranges.layers_of(real.denoiser.network)
+    for name in layers:
+        inside[name].register_forward_hook(
+            lambda _, x, out, name=name: seen.setdefault(name, []).append((x[0], out.clone()))
+        )
+    ranges.run_through(real, "sampler", 4, 1, None)
+    assert seen.keys() == layers.keys()
+
+    def off(value, scale, zero, limits):
+        """Half a step, and what lies beyond the ends of the range."""
+        low, high = ((end - zero) * scale for end in limits)
+        return scale / 2 + (value - high).clamp(min=0) + (low - value).clamp(min=0)
+
+    with torch.no_grad():
+        for name, layer in layers.items():
+            weight, steps = inside[name].weight, layer.weight_scale
+            columns = zip(weight.split(layer.columns, 1), steps, strict=True)
+            of_weights = torch.cat([off(w, layer.broadcast(s, w), 0.0, layer.weight_limits) for w, s in columns], 1)
+            assert bool(((layer.real_weight() - weight).abs() <= of_weights * 1.001 + 1e-6).all())
+            for x, out in seen[name]:
+                of_inputs = torch.zeros_like(x)
+                if layer.form.inputs == "static":
+                    parts = zip(x.split(layer.parts, layer.axis), layer.scale, layer.zero.float(), strict=True)
+                    of_inputs = torch.cat([off(p, s, z, layer.limits) for p, s, z in parts], layer.axis)
+                bias = layer.bias - inside[name].bias  # the mean error, which was taken into it
+                error = (layer(x) - out).movedim(layer.axis, -1) - bias
+                bound = layer.apply_map(of_inputs, weight.abs(), None)
+                bound = bound + layer.apply_map(x.abs() + of_inputs, of_weights, None)
+                assert bool((error.abs() <= bound.movedim(layer.axis, -1) * 1.001 + 1e-4).all())
+
+
 def test_a_teacher_that_is_the_student_teaches_nothing(mlp):
     model, dataset = mlp.model(), mlp.config.data.load()
     model.train()
