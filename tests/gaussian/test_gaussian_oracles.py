@@ -3,9 +3,20 @@ import math
 
 import pytest
 import torch
+from scipy.special import ive
 
 from osmose.gaussian import SCHEDULES
-from osmose.gaussian.oracles import ChainDenoiser, GaussianDenoiser, MixtureDenoiser, ProductDenoiser
+from osmose.gaussian.derivatives import with_divergence
+from osmose.gaussian.oracles import (
+    ChainDenoiser,
+    GaussianDenoiser,
+    MixtureDenoiser,
+    ProductDenoiser,
+    RotatedDenoiser,
+    SphereDenoiser,
+    bessel_ratio,
+    conservative_part,
+)
 from osmose.gaussian.schedule import Level
 
 every_schedule = pytest.mark.parametrize("kind", list(SCHEDULES.entries))
@@ -284,3 +295,85 @@ def test_one_deviation_for_each_coordinate_is_the_number_where_all_are_equal():
         number = MixtureDenoiser(PLACES, 0.4, PLACE_WEIGHTS)(x, at)
         each = MixtureDenoiser(PLACES, torch.full((D,), 0.4, dtype=torch.float64), PLACE_WEIGHTS)(x, at)
         assert torch.allclose(number, each, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dimension", [2, 3, 4, 7, 30, 60])
+def test_bessel_ratios_are_those_of_scipy(dimension):
+    kappa = torch.tensor([1e-9, 1e-3, 0.7, 12.0, 19.0 + dimension, 21.0 + dimension, 800.0, 1e5], dtype=torch.float64)
+    want = ive(dimension / 2, kappa.numpy()) / ive(dimension / 2 - 1, kappa.numpy())
+    assert torch.allclose(bessel_ratio(kappa, dimension), torch.from_numpy(want), rtol=1e-10)
+
+
+def frame_of(dimension, axes):
+    normal = torch.randn(dimension, axes, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return torch.linalg.qr(normal)[0]
+
+
+def test_the_sphere_s_denoiser_is_the_mean_over_the_sphere():
+    frame, level = frame_of(5, 3), Level(0.0, 0.8, 0.3)
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    height = torch.linspace(-1, 1, 2001, dtype=torch.float64)
+    turn = torch.arange(64, dtype=torch.float64) * (2 * math.pi / 64)
+    z, t = (value.flatten() for value in torch.meshgrid(height, turn, indexing="ij"))
+    wide = (1 - z**2).clamp(min=0).sqrt()
+    places = 1.5 * torch.stack([wide * t.cos(), wide * t.sin(), z], 1) @ frame.T
+    ends = torch.where((z.abs() == 1), 0.5, 1.0).log()  # trapezoidal rule in height, on which the area is uniform
+    weight = torch.softmax(ends - ((x[:, None] - 0.8 * places) / 0.3).square().sum(2) / 2, 1)
+    got = SphereDenoiser(frame, radius=1.5)(x, level)
+    assert torch.allclose(got, weight @ places, atol=1e-6)
+    assert torch.allclose(got @ frame @ frame.T, got, atol=1e-12)
+
+
+def test_a_rotated_score_keeps_every_law_and_turns_every_path():
+    # div(p A s) = 0 for the mixture's score s, checked as div(A s) + (A s) . s by autograd.
+    centres = torch.tensor([[1.0, 0.0, 0.5], [-1.0, 0.4, 0.0]], dtype=torch.float64)
+    exact = MixtureDenoiser(centres, 0.5)
+    skew = torch.tensor([[0, 1.0, -0.3], [-1.0, 0, 0.6], [0.3, -0.6, 0]], dtype=torch.float64)
+    for level in (Level(0.0, 1.0, 0.4), Level(0.0, 0.6, 0.8)):
+
+        def added(y, level=level):
+            scale = level.alpha / level.sigma**2
+            return (RotatedDenoiser(exact, skew)(y, level) - exact(y, level)) * scale
+
+        x = torch.randn(6, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        gauge, divergence = with_divergence(added, x, None)
+        score = (level.alpha * exact(x, level) - x) / level.sigma**2
+        assert torch.allclose(gauge, score @ skew.T, atol=1e-10)
+        assert torch.allclose(divergence[0] + (gauge * score).sum(1), torch.zeros(6).double(), atol=1e-9)
+        assert float(gauge.abs().min()) > 1e-4
+
+
+def test_a_gauge_field_leaves_a_gaussian_s_flow_its_law():
+    # Push N(0, C + r^2) from r = 5 to 0.05 along dy/d(log r) = y - D: the covariance at the end is exact for any gauge.
+    covariance = torch.diag(torch.tensor([1.0, 0.5, 2.0, 0.0], dtype=torch.float64))
+    eye = torch.eye(4, dtype=torch.float64)
+    skew = torch.triu(torch.randn(4, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64), 1)
+    exact, pushed = GaussianDenoiser(torch.zeros(4, dtype=torch.float64), covariance), []
+    for weight in (0.0, 1.0, 5.0):
+        denoiser, Y = RotatedDenoiser(exact, weight * (skew - skew.T)), eye
+        taus = torch.linspace(math.log(5), math.log(0.05), 1001, dtype=torch.float64).tolist()
+        for a, b in itertools.pairwise(taus):
+            slope = eye - denoiser(eye, Level(0.0, 1.0, math.exp((a + b) / 2))).T  # linear: its columns are images
+            Y = torch.linalg.matrix_exp((b - a) * slope) @ Y
+        pushed.append(Y @ (covariance + 25 * eye) @ Y.T)
+        assert torch.allclose(pushed[-1], covariance + 0.05**2 * eye, atol=2e-4)
+    assert not torch.allclose(Y, Y.T, atol=0.1)
+
+
+def test_the_gradient_part_of_a_linear_field_is_lyapunov_s():
+    generator = torch.Generator().manual_seed(6)
+    root, matrix = (torch.randn(4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    covariance = root @ root.T + torch.eye(4, dtype=torch.float64)
+    part = conservative_part(matrix, covariance)
+    assert torch.allclose(part, part.T, atol=1e-12)
+    assert torch.allclose(
+        part @ covariance + covariance @ part, matrix @ covariance + covariance @ matrix.T, atol=1e-10
+    )
+    rest = part - matrix  # r = rest x: div(p r) = 0 is trace(rest) = 0 and x' rest' C^-1 x = 0
+    odd = rest.T @ covariance.inverse()
+    assert abs(float(rest.trace())) < 1e-10
+    assert torch.allclose(odd, -odd.T, atol=1e-10)
+    # E|s|^2 = E|grad phi|^2 + E|r|^2, and it is not the symmetric part.
+    squares = [float((m @ covariance @ m.T).trace()) for m in (matrix, part, rest)]
+    assert squares[0] == pytest.approx(squares[1] + squares[2], rel=1e-10)
+    assert float((part - (matrix + matrix.T) / 2).norm()) > 0.1

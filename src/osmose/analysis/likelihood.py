@@ -115,18 +115,7 @@ def likelihood(
     Raises:
         UserError: a model or data without a bound, an option that is refused.
     """
-    if part not in ("train", "held-out"):
-        raise UserError(f"part: {part!r} is not valid: should be train or held-out")
-    items, _ = dataset.part(part)
-    if len(items) < 2:
-        raise UserError(f"part: {part!r} has {len(items)} item, and a standard error needs at least 2")
-    if n is not None and not 2 <= n <= len(items):
-        raise UserError(f"n: {n} is not valid: must be between 2 and the {len(items)} {part} items")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed: {seed} is not valid: must be between 0 and 2^63 - 1")
-    if batch_size < 1:
-        raise UserError(f"batch_size: {batch_size} is not valid: must be at least 1")
-    chosen = torch.randperm(len(items), generator=seeded(seed, "likelihood"))[: n or len(items)]
+    chosen = chosen_rows(dataset, part, n, seed, batch_size)
     found: list[BoundTerms] = []
     total = -(-len(chosen) // batch_size)
     training = model.training
@@ -171,6 +160,26 @@ def likelihood(
             "levels": model.spec.levels,
         },
     )
+
+
+def chosen_rows(dataset: Dataset, part: str, n: int | None, seed: int, batch_size: int) -> Tensor:
+    """The items to score, int64 (n,).
+
+    Raises:
+        UserError: an unknown part, too few or too many items, a seed or a size of batches that is not valid.
+    """
+    if part not in ("train", "held-out"):
+        raise UserError(f"part: {part!r} is not valid: should be train or held-out")
+    items, _ = dataset.part(part)
+    if len(items) < 2:
+        raise UserError(f"part: {part!r} has {len(items)} item, and a standard error needs at least 2")
+    if n is not None and not 2 <= n <= len(items):
+        raise UserError(f"n: {n} is not valid: must be between 2 and the {len(items)} {part} items")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed: {seed} is not valid: must be between 0 and 2^63 - 1")
+    if batch_size < 1:
+        raise UserError(f"batch_size: {batch_size} is not valid: must be at least 1")
+    return torch.randperm(len(items), generator=seeded(seed, "likelihood"))[: n or len(items)]
 
 
 def write_likelihood(result: Likelihood, folder: Path) -> list[Path]:

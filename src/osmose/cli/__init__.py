@@ -22,6 +22,14 @@ COMMANDS = {
         "osmose.cli.hand_over:HandOver",
         "score against speed for every time at which a surrogate enters a diffusion",
     ),
+    "analyze conservativity": (
+        "osmose.cli.conservativity:Conservativity",
+        "how far a run's field is from the gradient of a density",
+    ),
+    "analyze dimension": (
+        "osmose.cli.dimension:Dimension",
+        "of how many dimensions the data are around a point, by a run's field",
+    ),
     "analyze tangents": (
         "osmose.cli.tangents:Tangents",
         "how far a run is from a consistency model, angle by angle",

@@ -1,4 +1,4 @@
-"""Points from known laws: in the plane, small enough to see, or of any dimension (`data.laws`).
+"""Points from known laws: in the plane, small enough to see, or of any dimension (`data.laws`, `data.manifolds`).
 
 Every law is sampled exactly (no rejection, no training data) and vectorised, in its own units. Its parameters are the
 constants of this module, so that an evaluation can compute what is true:
@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from osmose.data import manifolds
 from osmose.data.assembly import Part, points_dataset
 from osmose.data.dataset import DataConfig, Dataset
 from osmose.data.laws import FAMILIES, Draw, Law, Mixture, parse
@@ -111,10 +112,13 @@ def law_of(argument: str) -> Law:
     name, *arguments = argument.split(":")
     if name in FAMILIES:
         return parse(name, arguments)
+    if name in manifolds.FORMS:
+        return manifolds.parse(name, arguments)
     if name not in LAWS:
         if arguments:
-            raise UserError(f"toy:{argument}: no such law with arguments; {nearest(name, FAMILIES)}")
-        forms = ", ".join(family.form for family in FAMILIES.values())
+            known = [*FAMILIES, *manifolds.FORMS]
+            raise UserError(f"toy:{argument}: no such law with arguments; {nearest(name, known)}")
+        forms = ", ".join([*(family.form for family in FAMILIES.values()), *manifolds.FORMS.values()])
         raise UserError(f"toy:{argument}: no such law; {nearest(name, LAWS)}, or of any dimension D: {forms}")
     if arguments:
         raise UserError(f"toy:{argument}: {name!r} is a law in the plane, without arguments; write toy:{name}")

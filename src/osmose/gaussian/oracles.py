@@ -1,6 +1,7 @@
 """Denoisers known in closed form, to test everything else against.
 
-Gaussian, mixture of Gaussians, finite data set, independent coordinates, chain of coordinates.
+Gaussian, mixture of Gaussians, finite data set, independent coordinates, chain of coordinates, sphere; and what a
+field may have besides that changes no sample.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from osmose.gaussian.denoiser import Denoiser
 from osmose.gaussian.parametrization import column
 from osmose.gaussian.schedule import Level
 
@@ -161,3 +163,79 @@ def _like(value: float | Tensor, x: Tensor) -> float | Tensor: ...
 def _like(value: float | Tensor, x: Tensor) -> float | Tensor:
     """A parameter in the dtype and on the device of x; a number as it is."""
     return value.to(device=x.device, dtype=x.dtype) if isinstance(value, Tensor) else value
+
+
+class SphereDenoiser:
+    """E[x0 | x_t] for x0 uniform on a sphere of dimension k around 0, somewhere in R^D.
+
+    Given x_t, the place on the sphere has a law of von Mises and Fisher, whose mean is A(kappa) along the part of x_t
+    in the sphere's own space, kappa = radius |u| alpha / sigma^2 (`bessel_ratio`).
+
+    Args:
+        frame: an orthonormal basis of the space that the sphere lies in, as columns, (D, k + 1).
+        radius: above 0.
+    """
+
+    def __init__(self, frame: Tensor, radius: float = 1.0):
+        self.frame, self.radius = frame, radius
+
+    def __call__(self, x_t: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        frame = _like(self.frame, x_t)
+        alpha, sigma = column(level.alpha, x_t), column(level.sigma, x_t)
+        u = x_t @ frame
+        size = u.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        mean = bessel_ratio(self.radius * size * alpha / sigma**2, frame.shape[1])
+        return (self.radius * mean / size * u) @ frame.T
+
+
+class RotatedDenoiser:
+    r"""A denoiser whose score has a gauge field added: s + A s with an antisymmetric A.
+
+    div(p A grad log p) = sum_ij A_ij d_i d_j p = 0, so that the flow and every reverse chain have the same marginals as
+    before, whatever p is, while paths turn and the Jacobian is no longer symmetric.
+
+    Args:
+        denoiser: the exact one, of flat events.
+        skew: A, antisymmetric, (D, D).
+    """
+
+    def __init__(self, denoiser: Denoiser, skew: Tensor):
+        self.denoiser, self.skew = denoiser, skew
+
+    def __call__(self, x_t: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
+        x0 = self.denoiser(x_t, level, condition)
+        return x0 + (x0 - x_t / column(level.alpha, x_t)) @ _like(self.skew, x_t).T
+
+
+def bessel_ratio(kappa: Tensor, dimension: int) -> Tensor:
+    """I_{d/2}(kappa) / I_{d/2 - 1}(kappa), shape of kappa >= 0: the mean along its axis of a von Mises-Fisher law.
+
+    By Gauss's continued fraction where kappa is small, and by the recurrence A_{d+2} = 1 / A_d - d / kappa from the
+    circle's or the sphere's where it is large, each where it is stable (to 1e-12 up to d = 60).
+    """
+    limit = 20.0 + dimension  # the more terms, the larger the kappa that the fraction is good for
+    small = kappa.clamp(max=limit)
+    fraction = torch.zeros_like(small)
+    for n in range(int(1.5 * limit) + 10, -1, -1):
+        fraction = small / (dimension + 2 * n + small * fraction)
+    large = kappa.clamp(min=limit)
+    order = 2 + dimension % 2
+    ratio = torch.special.i1e(large) / torch.special.i0e(large) if order == 2 else 1 / torch.tanh(large) - 1 / large
+    while order < dimension:
+        ratio, order = 1 / ratio - order / large, order + 2
+    return torch.where(kappa < limit, fraction, ratio)
+
+
+def conservative_part(matrix: Tensor, covariance: Tensor) -> Tensor:
+    """S of the gradient -S x that is nearest to a linear field -M x in the mean over N(0, C): S C + C S = M C + C M^T.
+
+    The rest r = (S - M) x has div(p r) = 0. S is symmetric, and not the symmetric part of M unless that and C commute.
+
+    Args:
+        matrix: M, (D, D).
+        covariance: C, positive definite, (D, D).
+    """
+    variances, axes = torch.linalg.eigh(covariance)
+    right = matrix @ covariance + covariance @ matrix.T
+    turned = axes.T @ right @ axes
+    return axes @ (turned / (variances[:, None] + variances)) @ axes.T

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from osmose.errors import UserError, nearest
+from osmose.gaussian.derivatives import with_divergence
 from osmose.interpolants.fields import Fields
 from osmose.interpolants.paths import Path
 
@@ -257,33 +258,14 @@ def log_density(
 
         def slope(place: float, x: Tensor, t: float = t, s: float = s, found: list[Tensor] = found) -> Tensor:
             at = _between(t, s, place)
-            b, value = _with_divergence(lambda moved: velocity(at, moved), x, signs)
-            found.append(value)
+            b, values = with_divergence(lambda moved: velocity(at, moved), x, signs)
+            found.append(values.mean(0))
             return b
 
         x = _step(slope, x, s - t, rule)
         weighted = torch.stack([weight * value for (_, weight), value in zip(rule, found, strict=True)])
         integrals.append(weighted.sum(0) * (s - t))
     return log_prior(x), torch.stack(integrals, dim=1)
-
-
-def _with_divergence(
-    velocity: Callable[[Tensor], Tensor], x: Tensor, signs: list[Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """The velocity at x, and its divergence, float64 (n,): exact, or the mean of estimates by the signs."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        b = velocity(x)
-        if not b.requires_grad:
-            raise ValueError("the velocity has no gradient in x; is it computed without autograd?")
-        if signs is not None:
-            pulled = [torch.autograd.grad(b, x, v, retain_graph=True)[0] * v for v in signs]
-            return b.detach(), torch.stack(pulled).flatten(2).cpu().double().sum(2).mean(0)
-        flat, total = b.flatten(1), torch.zeros(len(x), dtype=torch.float64)
-        for i in range(flat.shape[1]):
-            (row,) = torch.autograd.grad(flat[:, i].sum(), x, retain_graph=True)
-            total += row.flatten(1)[:, i].cpu()
-    return b.detach(), total
 
 
 def _step(

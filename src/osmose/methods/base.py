@@ -20,7 +20,8 @@ from osmose.configuration import Config
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import Draws, SampleDraws
-from osmose.methods import METHODS
+from osmose.gaussian.score import ScoreField
+from osmose.methods import CONTINUED, DISTILLED, METHODS
 from osmose.methods.messages import (
     Batch,
     BoundTerms,
@@ -269,6 +270,22 @@ class GenerativeModel(nn.Module, ABC):
         raise UserError(
             f"{self.config.kind}: has no likelihood bound; ddpm, iddpm, edm, blackout, interpolant, bridge, dspd, "
             "cspd, fdp and masked have"
+        )
+
+    def score_field(self) -> ScoreField:
+        """What the model knows of the score of its data under white Gaussian noise, in the model's units.
+
+        Raises:
+            UserError: a model that knows no such thing; the message says why.
+        """
+        kind = self.config.kind
+        if kind in (*DISTILLED, *CONTINUED, "distilled"):
+            raise UserError(
+                f"{kind}: a student says where trajectories end, and not the mean of the data, from which a score "
+                "follows; take the run that it was made from"
+            )
+        raise UserError(
+            f"{kind}: has no score of data under white noise; ddpm, iddpm, edm, and interpolants from noise have"
         )
 
     def regression(self, batch: Batch, draws: Draws) -> Regression:  # noqa: ARG002

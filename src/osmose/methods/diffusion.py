@@ -30,6 +30,7 @@ from osmose.gaussian.draws import Draws
 from osmose.gaussian.grid import TimeGrid
 from osmose.gaussian.parametrization import EDMParametrization, EpsParametrization, column, noised
 from osmose.gaussian.schedule import CosineSchedule, Level, LinearSchedule, VarianceExploding
+from osmose.gaussian.score import ScoreField, score_field
 from osmose.gaussian.solvers import Ancestral, Heun
 from osmose.methods import OBJECTIVES
 from osmose.methods.base import SamplingConfig
@@ -262,6 +263,9 @@ class Diffusion(ChainModel):
             on_step(index + 1, steps)
         t = torch.tensor([level.t for level in chain.levels], dtype=torch.float64)
         return BoundTerms(t, chain.prior_term(x0.cpu().double(), self.schedule.prior_std), table, x0_error, eps_error)
+
+    def score_field(self) -> ScoreField:
+        return score_field(self.denoiser, self.schedule)
 
     def generate(
         self, draws: Draws, sampling: SamplingConfig, condition: Tensor | None, on_step: Watch

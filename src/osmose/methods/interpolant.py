@@ -15,11 +15,17 @@ from osmose.configuration import ConfigError
 from osmose.data.dataset import DataSpec
 from osmose.errors import UserError
 from osmose.gaussian.draws import Draws
+from osmose.gaussian.parametrization import column
+from osmose.gaussian.score import ScoreField
 from osmose.interpolants.coupling import ot_pairing
+from osmose.interpolants.fields import read
 from osmose.interpolants.transport import Epsilon
 from osmose.methods.between import Between, Learned, PathConfig, PathSampling
 from osmose.methods.messages import Batch, LossTerms
 from osmose.networks.presets import network_for
+
+#: Of the interval of times, until a time is exact.
+_HALVINGS = 50
 
 
 class InterpolantSampling(PathSampling):
@@ -81,6 +87,39 @@ class Interpolant(Between):
         if self.config.coupling == "ot":
             start = start[ot_pairing(start, batch.x0, batch.condition).to(start.device)]
         return start
+
+    def score_field(self) -> ScoreField:
+        path, cap = self.config.path, self.config.cap
+        if not path.one_sided or self.spec.start is not None:
+            raise UserError(
+                f"interpolant: the noise of {path.kind} is not all that is between its ends: there is no score of data "
+                "under noise; paths from noise, as one-sided-linear, have one"
+            )
+        early, late = path.at(cap), path.at(1 - cap)
+
+        def estimate(y: Tensor, ratios: Tensor, condition: Tensor | None) -> Tensor:
+            t = self._time_of(ratios)
+            c = path.at(t)
+            x = y * column(c.beta, y)
+            data = read(self.learned, path, c, x, self._outputs(x, t, condition)).eta1
+            assert data is not None
+            return data.to(y.dtype)
+
+        # Samples begin with noise of deviation 1 at the first time.
+        return ScoreField(
+            estimate, float(late.alpha / late.beta), float(early.alpha / early.beta), 1 / float(early.beta)
+        )
+
+    def _time_of(self, ratios: Tensor) -> Tensor:
+        """When alpha / beta has some values, float64 (B,): halving the interval, as it falls from noise to data."""
+        path, cap = self.config.path, self.config.cap
+        low, high = torch.full_like(ratios, cap), torch.full_like(ratios, 1 - cap)
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            c = path.at(middle)
+            above = c.alpha > ratios * c.beta
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+        return (low + high) / 2
 
     def loss(self, batch: Batch, draws: Draws) -> LossTerms:
         meeting = self._meet(batch, draws)

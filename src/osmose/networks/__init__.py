@@ -31,6 +31,10 @@ NETWORKS = Registry(
             "osmose.networks.experts:ExpertsConfig",
             "networks that share the noise levels among them, as osmose train blocks makes them",
         ),
+        "conservative": (
+            "osmose.networks.conservative:ConservativeConfig",
+            "the gradient of an energy that another network computes: a symmetric Jacobian at twice the cost",
+        ),
         "quantized": (
             "osmose.networks.quantized:QuantizedConfig",
             "a network with layers of integers, as osmose quantize makes them",

@@ -1,0 +1,418 @@
+"""Local dimension of a run's data: all estimators on the same points, whether they settle and agree, with pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from osmose.analysis.dimension import EXACT, Estimates, Problem, by_pixel, choose, estimate
+from osmose.data import manifolds
+from osmose.data.dataset import Dataset
+from osmose.data.pictures import has_picture, to_images
+from osmose.errors import UserError
+from osmose.gaussian.draws import seeded
+from osmose.methods.base import GenerativeModel
+from osmose.methods.messages import OnStep
+from osmose.training import files
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Ratios when none are named: so many between these, as far as the run was trained there.
+_COUNT, _QUIET, _LOUD = 9, 0.01, 1.0
+#: An estimate has settled where it moves by no more than this, or this share of itself, over this much of log10 r.
+_STILL, _STILL_SHARE, _LONG = 0.5, 0.1, 0.45
+#: A share of all values from which on a dimension tells nothing apart.
+_FULL = 0.9
+#: Hutchinson's probes when nothing is said, of items whose traces are not exact.
+PROBES = 32
+#: Images that the map shows at most.
+_SHOWN = 24
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Where an estimate's mean over the points does not depend on the ratio.
+
+    Attributes:
+        value: its mean there.
+        low: the ratio where it begins.
+        high: where it ends.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """What the estimators said.
+
+    Attributes:
+        ambient: D.
+        ratios: (R,).
+        estimates: by estimator.
+        plateaus: by estimator, None where its mean has none; of those that know a ratio.
+        labels: class of each point, or None.
+        truth: the known dimension of each point, or None.
+        points: data units, (n, *event).
+        map: what each value adds to flipd at the ratio of `place`, (n, *event); None without flipd or images.
+        conditions: part, n, probes, seed: what the numbers hold for.
+    """
+
+    ambient: int
+    ratios: Tensor
+    estimates: dict[str, Estimates]
+    plateaus: dict[str, Plateau | None]
+    labels: Tensor | None
+    truth: Tensor | None
+    points: Tensor
+    map: Tensor | None
+    conditions: dict[str, Any]
+
+    def verdict(self) -> str:
+        """Whether the estimators agree, in a sentence."""
+        known = {name: round(found.value) for name, found in self.plateaus.items() if found is not None}
+        known |= {
+            name: round(float(found.values.mean()))
+            for name, found in self.estimates.items()
+            if name not in self.plateaus
+        }
+        loose = [name for name, found in self.plateaus.items() if found is None]
+        said = f"; {', '.join(loose)} {'does' if len(loose) == 1 else 'do'} not settle at any scale" if loose else ""
+        if not known:
+            return (
+                "no estimate settles: of how many dimensions the data are depends on the scale. Of images that is the "
+                "rule, and the curve is the answer; of points more training is the first thing to try"
+            )
+        full = [name for name, found in self.plateaus.items() if found is not None and self.fills(found)]
+        if 0 < len(full) < len(known):  # what says that nothing is missing tells less than what finds something
+            said = f"; {', '.join(full)}: all {self.ambient}, of noise below what data or network resolve{said}"
+            known = {name: value for name, value in known.items() if name not in full}
+        low, high = min(known.values()), max(known.values())
+        if low == high and len(known) > 1:
+            return f"the estimates agree on {low} of {self.ambient}{said}"
+        listed = ", ".join(f"{name} {value}" for name, value in known.items())
+        if len(known) == 1:
+            return f"one estimate settles, {listed} of {self.ambient}{said}"
+        return f"the estimates disagree, from {low} to {high} of {self.ambient}: {listed}{said}"
+
+    def fills(self, settled: Plateau) -> bool:
+        """Whether an estimate settles at next to all values: no direction is told from the others there."""
+        return settled.value >= _FULL * self.ambient
+
+    @property
+    def place(self) -> int:
+        """Which ratio is shown of flipd: the middle of its plateau, or where it is nearest to half of all values."""
+        settled = self.plateaus.get("flipd")
+        if settled is None or self.fills(settled):
+            return int((self.estimates["flipd"].values.mean(0) - self.ambient / 2).abs().argmin())
+        return int((self.ratios.log() - math.log(settled.low * settled.high) / 2).abs().argmin())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; of each estimator the mean and spread over the points for each ratio."""
+
+        def number(value: float) -> float | None:
+            return value if math.isfinite(value) else None
+
+        def curve(name: str, found: Estimates) -> dict[str, Any]:
+            values = found.values
+            spread = values.std(0) if len(values) > 1 else torch.zeros(values.shape[1])
+            said: dict[str, Any] = {
+                "mean": [number(v) for v in values.mean(0).tolist()],
+                "std": [number(v) for v in spread.tolist()],
+            }
+            if name in self.plateaus:
+                plateau = self.plateaus[name]
+                said["plateau"] = None if plateau is None else {**vars(plateau)}
+            if self.truth is not None:
+                off = (values - self.truth[:, None]).abs().mean(0)
+                said["error"] = [number(v) for v in off.tolist()]
+            return said
+
+        return {
+            "ambient": self.ambient,
+            **self.conditions,
+            "ratios": self.ratios.tolist(),
+            "truth": None if self.truth is None else float(self.truth.mean()),
+            "estimates": {name: curve(name, found) for name, found in self.estimates.items()},
+            "verdict": self.verdict(),
+        }
+
+
+def dimension(
+    model: GenerativeModel,
+    dataset: Dataset,
+    *,
+    points: Tensor | None = None,
+    labels: Tensor | None = None,
+    part: str = "held-out",
+    n: int = 64,
+    ratios: Sequence[float] | None = None,
+    estimators: Sequence[str] | None = None,
+    probes: int | None = None,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+) -> Dimension:
+    """Estimate local dimension at items of the data, or at given points.
+
+    Args:
+        model: a model with a score field.
+        dataset: the data it was trained on.
+        points: data units, (n, *event), in place of items of the data.
+        labels: their classes, which a conditional model needs.
+        part: "held-out" or "train": where the points come from.
+        n: how many, at random.
+        ratios: noise-to-signal ratios, rising; nine from 0.01 to 1 if None, as far as the run was trained there.
+        estimators: see `analysis.dimension`; if None, those that the size of the data allows.
+        probes: Hutchinson's; None is exact traces up to 64 values an item, and 32 probes beyond.
+        seed: of points, probes and noise.
+        on_step: called with the parts done and all of them.
+
+    Raises:
+        UserError: a model without a field, points of another form, ratios that it was not trained at, an estimator
+            that such data cannot afford.
+    """
+    field = model.score_field()
+    spec = model.spec
+    if n < 1:
+        raise UserError(f"n: {n} is not valid: must be at least 1")
+    if probes is not None and probes < 1:
+        raise UserError(f"probes: {probes} is not valid: must be at least 1")
+    if points is None:
+        if part not in ("train", "held-out"):
+            raise UserError(f"part: {part!r} is not valid: should be train or held-out")
+        items, classes = dataset.part(part)
+        rows = torch.randperm(len(items), generator=seeded(seed, "dimension"))[:n]
+        points, labels = items[rows], None if classes is None else classes[rows]
+    elif tuple(points.shape[1:]) != spec.shape:
+        raise UserError(f"points: have shape {tuple(points.shape[1:])}, and this run's data {spec.shape}")
+    if model.config.conditional:
+        if labels is None:
+            raise UserError("labels: the run is told the class of each item; give those of the points (--label)")
+        field = field.given(labels.to(model.device))
+    names = choose(estimators, spec.dimension)
+    if ratios is None:
+        low, high = max(field.lowest, _QUIET), min(field.highest, _LOUD)
+        chosen = torch.logspace(math.log10(low), math.log10(high), _COUNT, dtype=torch.float64)
+    else:
+        chosen = torch.tensor(sorted(set(ratios)), dtype=torch.float64)
+        if not len(chosen) or not bool((chosen > 0).all()):
+            raise UserError(f"ratios: {list(ratios)} is not valid: should be one or more numbers above 0")
+        for ratio in chosen.tolist():
+            field.require(ratio)
+    counted = probes if probes is not None else None if spec.dimension <= EXACT else PROBES
+    problem = Problem(
+        field,
+        spec.encode(points.to(model.device)),
+        spec.encode(dataset.train.to(model.device)),
+        chosen,
+        counted,
+        seed,
+    )
+    training = model.training
+    model.eval()
+    found: dict[str, Estimates] = {}
+    try:
+        for index, name in enumerate(names):
+
+            def report(done: int, of: int, index: int = index) -> None:
+                if on_step is not None:
+                    on_step(round(1000 * (index + done / of)), 1000 * len(names))
+
+            found[name] = estimate(name, problem, report)
+        plateaus = {
+            name: plateau(chosen, estimates.values.mean(0))
+            for name, estimates in found.items()
+            if estimates.values.shape[1] == len(chosen) > 1
+        }
+    finally:
+        model.train(training)
+    result = Dimension(
+        ambient=spec.dimension,
+        ratios=chosen,
+        estimates=found,
+        plateaus=plateaus,
+        labels=labels,
+        truth=_truth(dataset, labels, len(points)),
+        points=points.cpu(),
+        map=None,
+        conditions={
+            "part": part,
+            "n": len(points),
+            "probes": counted,
+            "lowest": field.lowest,
+            "highest": field.highest,
+            "seed": seed,
+        },
+    )
+    if "flipd" in found and spec.kind == "image":
+        result = replace(result, map=by_pixel(problem, float(chosen[result.place])))
+    return result
+
+
+def plateau(ratios: Tensor, means: Tensor) -> Plateau | None:
+    """The longest stretch of neighbouring ratios over which a mean stays where it is; None if all are short.
+
+    Of stretches alike in length, that of the smallest noise.
+    """
+    best: Plateau | None = None
+    places, values = ratios.log10().tolist(), means.tolist()
+    for first in range(len(values)):
+        for last in range(first + 1, len(values)):
+            part = values[first : last + 1]
+            middle = sum(part) / len(part)
+            if not all(map(math.isfinite, part)) or max(part) - min(part) > max(_STILL, _STILL_SHARE * abs(middle)):
+                break
+            length = places[last] - places[first]
+            longest = _LONG if best is None else math.log10(best.high / best.low) + 1e-9
+            if length >= longest:
+                best = Plateau(middle, float(ratios[first]), float(ratios[last]))
+    return best
+
+
+def _truth(dataset: Dataset, labels: Tensor | None, count: int) -> Tensor | None:
+    name, *arguments = dataset.source.removeprefix("toy:").split(":")
+    if not dataset.source.startswith("toy:") or name not in manifolds.FORMS:
+        return None
+    intrinsic = torch.tensor(manifolds.parse(name, arguments).intrinsic, dtype=torch.float64)
+    if labels is not None:
+        return intrinsic[labels.cpu()]
+    return intrinsic.expand(count) if len(intrinsic) == 1 else None
+
+
+def write_dimension(result: Dimension, folder: Path, spec: Any) -> list[Path]:
+    """Write dimension.json, dimension.csv (a row for each point), dimension.png and, of images, dimension-map.png."""
+    paths = [folder / "dimension.json", folder / "dimension.csv", folder / "dimension.png"]
+    files.write_json(paths[0], result.to_json())
+    files.write_bytes(paths[1], _table(result).encode())
+    files.write_bytes(paths[2], _png(_curves(result)))
+    if result.map is not None and has_picture(spec):
+        paths.append(folder / "dimension-map.png")
+        files.write_bytes(paths[3], _png(_maps(result, spec)))
+    return paths
+
+
+def _table(result: Dimension) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["point", "class", "truth", "estimator", "ratio", "dimension"])
+    for name, found in result.estimates.items():
+        ratios = [f"{ratio:.6g}" for ratio in result.ratios.tolist()] if found.values.shape[1] > 1 else [""]
+        for index, row in enumerate(found.values.tolist()):
+            label = "" if result.labels is None else int(result.labels[index])
+            truth = "" if result.truth is None else int(result.truth[index])
+            for ratio, value in zip(ratios, row, strict=False):
+                writer.writerow([index, label, truth, name, ratio, f"{value:.6g}"])
+    return text.getvalue()
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _curves(result: Dimension) -> Figure:
+    from matplotlib.figure import Figure
+
+    spectra = [name for name in ("flow", "rank", "normal-bundle") if name in result.estimates][:1]
+    by_class = result.labels is not None and "flipd" in result.estimates
+    count = 1 + len(spectra) + int(by_class)
+    figure = Figure(figsize=(5.4 * count, 4.4), dpi=110, layout="constrained")
+    axes = list(figure.subplots(1, count, squeeze=False)[0])
+    _against_ratio(axes[0], result)
+    if spectra:
+        _singular_values(axes[1], result, spectra[0])
+    if by_class:
+        _histogram(axes[-1], result)
+    for panel in axes:
+        panel.grid(alpha=0.3)
+    return figure
+
+
+def _against_ratio(axes: Axes, result: Dimension) -> None:
+    for place, (name, found) in enumerate(result.estimates.items()):
+        mean, colour = found.values.mean(0), f"C{place}"
+        if found.values.shape[1] == 1:
+            axes.axhline(float(mean), color=colour, linestyle=":", linewidth=1.2, label=name)
+            continue
+        spread = found.values.std(0) if len(found.values) > 1 else torch.zeros_like(mean)
+        axes.fill_between(result.ratios, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)
+        axes.plot(result.ratios, mean, "o-", color=colour, markersize=3, linewidth=1.2, label=name)
+    if result.truth is not None:
+        axes.axhline(float(result.truth.mean()), color="0.3", linestyle="--", linewidth=1, label="truth")
+    means = torch.cat([found.values.mean(0) for found in result.estimates.values()])
+    top = min(float(means[means.isfinite()].max()), 1.5 * result.ambient)
+    axes.set(
+        xscale="log",
+        xlabel="sigma / alpha",
+        ylabel="local dimension: mean and deviation over points",
+        ylim=(min(-0.5, float(means[means.isfinite()].min())), 1.1 * top + 0.5),
+        title=f"of {result.ambient} values, {result.conditions['n']} points",
+    )
+    axes.legend(fontsize=8)
+
+
+def _singular_values(axes: Axes, result: Dimension, name: str) -> None:
+    spectra = result.estimates[name].spectra
+    assert spectra is not None
+    middle = spectra.clamp(min=1e-300).log().mean(0).exp()
+    axes.plot(result.ratios, middle, color="C0", linewidth=0.8, alpha=0.7)
+    titles = {
+        "flow": "flow from noise to r: level along the data, rising off it",
+        "rank": "denoiser's Jacobian",
+        "normal-bundle": "scores around a point",
+    }
+    axes.set(xscale="log", yscale="log", xlabel="sigma / alpha", ylabel="singular values", title=titles[name])
+
+
+def _histogram(axes: Axes, result: Dimension) -> None:
+    assert result.labels is not None
+    values = result.estimates["flipd"].values[:, result.place].numpy()
+    labels = result.labels.cpu().numpy()
+    groups = [values[labels == label] for label in np.unique(labels)]
+    axes.boxplot(groups, tick_labels=[str(label) for label in np.unique(labels)])
+    axes.set(
+        xlabel="class", ylabel="flipd", title=f"by class, at sigma / alpha = {float(result.ratios[result.place]):.3g}"
+    )
+
+
+def _maps(result: Dimension, spec: Any) -> Figure:
+    """Images from the simplest to the most complex, and below each what its pixels add to flipd."""
+    from matplotlib.figure import Figure
+
+    assert result.map is not None
+    parts, ratio = result.map, float(result.ratios[result.place])
+    totals = parts.flatten(1).sum(1)
+    order = totals.argsort()
+    if len(order) > _SHOWN:  # evenly over the range
+        order = order[torch.linspace(0, len(order) - 1, _SHOWN).round().long()]
+    columns = min(12, len(order))
+    rows = -(-len(order) // columns)
+    figure = Figure(figsize=(1.05 * columns, 2.5 * rows + 0.4), dpi=110, layout="constrained")
+    axes = figure.subplots(2 * rows, columns, squeeze=False)
+    images = to_images(result.points, spec)
+    local = parts.sum(1)
+    high = float(local[order].quantile(0.98))
+    for panel in axes.flat:
+        panel.axis("off")
+    for place, index in enumerate(order.tolist()):
+        row, column = 2 * (place // columns), place % columns
+        image = images[index]
+        axes[row][column].imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+        axes[row][column].set_title(f"{float(totals[index]):.1f}", fontsize=8)
+        axes[row + 1][column].imshow(local[index], cmap="magma", vmin=0, vmax=high)
+    figure.suptitle(f"flipd at sigma / alpha = {ratio:.3g}, and what each pixel adds to it", fontsize=9)
+    return figure
