@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from osmose.acceleration.distill import distill
     from osmose.acceleration.surrogate import surrogate
+    from osmose.analysis.conservativity import conservativity
+    from osmose.analysis.dimension_report import dimension
+    from osmose.analysis.flow_likelihood import flow_likelihood
     from osmose.analysis.likelihood import likelihood
     from osmose.data.dataset import DataConfig, Dataset
     from osmose.errors import UserError
@@ -29,7 +32,10 @@ __all__ = [
     "Run",
     "Trainer",
     "UserError",
+    "conservativity",
+    "dimension",
     "distill",
+    "flow_likelihood",
     "likelihood",
     "load",
     "recipe",
@@ -46,7 +52,10 @@ _HOMES = {
     "Run": "osmose.training.run",
     "Trainer": "osmose.training.trainer",
     "UserError": "osmose.errors",
+    "conservativity": "osmose.analysis.conservativity",
+    "dimension": "osmose.analysis.dimension_report",
     "distill": "osmose.acceleration.distill",
+    "flow_likelihood": "osmose.analysis.flow_likelihood",
     "likelihood": "osmose.analysis.likelihood",
     "load": "osmose.training.run",
     "recipe": "osmose.training.recipes",

@@ -7,7 +7,7 @@ from osmose.gaussian.derivatives import jacobian, products, with_divergence
 from osmose.methods.messages import Batch
 from osmose.networks import NETWORKS
 from osmose.networks.conservative import Conservative
-from osmose.training.recipes import recipe, train
+from osmose.training.recipes import checked, recipe, train
 
 SMALL = {
     "mlp": ((5,), {"kind": "mlp", "width": 16, "depth": 2}),
@@ -78,6 +78,9 @@ def test_refused():
     config = recipe("iddpm", digits, digits.load(), 0, {"network": "conservative"})
     with pytest.raises(UserError, match=r"conservative gives the gradient of one energy.*use variance=fixed_small"):
         config.method.build(config.spec)
+    ours = {"network": "conservative", "training.compile": True}
+    with pytest.raises(UserError, match=r"training.compile: true given, but a network that is conservative is differ"):
+        checked(recipe("edm", digits, digits.load(), 0, ours))
     linear = {"kind": "conservative", "network": {"kind": "mlp", "linear": True}}
     with pytest.raises(UserError, match=r"network.network: a network with a linear prediction of its own"):
         NETWORKS.parse(linear).build((3,))

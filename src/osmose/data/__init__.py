@@ -12,7 +12,7 @@ SOURCES = Registry(
         "toy": (
             "osmose.data.toy:load_toy",
             "toy:NAME, points in the plane drawn from a known law; toy:gaussian:D, product:D, chain:D[:P] or mixture:D "
-            "in D dimensions",
+            "in D dimensions; toy:plane:K:D, sphere:K:D, torus:K:D, strata:D on manifolds of K",
         ),
         "mnist": ("osmose.data.idx:load_mnist", "MNIST from its idx files under --data-root"),
         "fashion-mnist": ("osmose.data.idx:load_fashion_mnist", "Fashion-MNIST from its idx files under --data-root"),

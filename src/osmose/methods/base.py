@@ -33,7 +33,7 @@ from osmose.methods.messages import (
     Watch,
 )
 from osmose.networks import NETWORKS
-from osmose.networks.base import NetworkConfig, Noting
+from osmose.networks.base import Differentiating, NetworkConfig, Noting
 
 #: A field that holds any registered network.
 NetworkChoice = Annotated[SerializeAsAny[NetworkConfig], BeforeValidator(NETWORKS.parse)]
@@ -130,6 +130,10 @@ class GenerativeModel(nn.Module, ABC):
     @property
     def not_compiled(self) -> str | None:
         """Why its networks cannot be compiled, and what could be done; None where they can."""
+        for module in (module for network in self.networks() for module in network.modules()):
+            if isinstance(module, Differentiating):
+                name = type(module).__name__.lower()
+                return f"a network that is {name} is differentiated while it is evaluated; take training.compile=false"
         return None
 
     def __init__(self, config: MethodConfig, spec: DataSpec):

@@ -200,12 +200,6 @@ class Functional(GenerativeModel):
                 stacklevel=2,
             )
 
-    @property
-    def not_compiled(self) -> str | None:
-        if not isinstance(self.network, Implicit):
-            return None
-        return "an implicit network is differentiated while it is evaluated; take training.compile=false"
-
     def _require_even(self, times: Tensor | None) -> None:
         """Refuse times of series that are no grid."""
         if times is None or times.shape[1] < 3:

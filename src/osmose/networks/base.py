@@ -84,6 +84,10 @@ class Joining(ABC):
         """Channels of the parts, by the name of the layer in this module."""
 
 
+class Differentiating:
+    """A network that is differentiated in its own evaluation, which `torch.compile` cannot follow."""
+
+
 class Everywhere:
     """A network of values at points, which it knows by their coordinates: it takes events on other grids as well.
 

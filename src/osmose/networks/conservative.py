@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from osmose.errors import UserError
 from osmose.networks import NETWORKS
-from osmose.networks.base import NetworkConfig
+from osmose.networks.base import Differentiating, NetworkConfig
 from osmose.networks.calibration import calibrations
 from osmose.networks.presets import network_for
 
@@ -54,7 +54,7 @@ class ConservativeConfig(NetworkConfig):
         return self.inner(event_shape).table(event_shape)
 
 
-class Conservative(nn.Module):
+class Conservative(nn.Module, Differentiating):
     """See `ConservativeConfig`."""
 
     def __init__(self, network: nn.Module):
@@ -69,7 +69,8 @@ class Conservative(nn.Module):
             given = [None if value is None else _usable(value) for value in (x, label, condition)]
             u = given[0]
             assert u is not None
-            u = u if u.requires_grad else u.detach().requires_grad_()
+            # No leaf: what counts operations puts hooks on a module's inputs that leaves do not take in such a pass.
+            u = (u if u.requires_grad else u.detach().requires_grad_()).view_as(u)
             energy = self.network(u, *given[1:]).sum()
             (gradient,) = torch.autograd.grad(energy, u, create_graph=learning)
         return gradient

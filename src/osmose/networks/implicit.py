@@ -29,7 +29,7 @@ from torch.func import functional_call, grad, vmap
 
 from osmose.configuration import ConfigError
 from osmose.errors import UserError
-from osmose.networks.base import Everywhere, NetworkConfig, coordinates
+from osmose.networks.base import Differentiating, Everywhere, NetworkConfig, coordinates
 from osmose.networks.layers import Classes
 
 
@@ -91,7 +91,7 @@ class _Field(nn.Module):
         return out
 
 
-class Implicit(nn.Module, Everywhere):
+class Implicit(nn.Module, Everywhere, Differentiating):
     """See `ImplicitConfig`.
 
     Attributes:

@@ -71,6 +71,18 @@ STUDIES = Registry(
             "osmose.studies.functional:FunctionalStudy",
             "diffusion of functions: parameters against score, other resolutions, noise that has a limit",
         ),
+        "gauge": (
+            "osmose.studies.gauge:Gauge",
+            "free and conservative scores: samples, densities, dimension; a planted rotation",
+        ),
+        "dimension": (
+            "osmose.studies.dimension:DimensionStudy",
+            "local dimension by eight estimators, where it is known, and of images",
+        ),
+        "likelihood": (
+            "osmose.studies.likelihood:LikelihoodStudy",
+            "densities by the ODE against known ones, the bound, and other data",
+        ),
         "quantize": (
             "osmose.studies.quantize:QuantizeStudy",
             "8 and 6 bits on a CPU: score, deviation, size, speed in every runtime",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import statistics
 import tempfile
 import time
@@ -11,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from osmose.analysis.gradients import GradientNoise, gradient_noise
 from osmose.analysis.likelihood import likelihood
 from osmose.data.dataset import DataConfig, Dataset
+from osmose.data.toy import EIGHT_CENTRES, EIGHT_DEVIATION
 from osmose.methods.base import GenerativeModel
 from osmose.methods.times import LossAwareSampler
 from osmose.studies.study import Trained
@@ -35,6 +39,14 @@ def csv_table(name: str, header: Sequence[str], rows: Sequence[Sequence[float]])
     if not path.is_file():
         files.write_bytes(path, text.encode())
     return path
+
+
+def bits_of_gaussians(points: Tensor) -> Tensor:
+    """-log2 of the density of the 8 Gaussians per dimension, float64 (n,), of points in data units (n, 2)."""
+    centres = torch.from_numpy(EIGHT_CENTRES)
+    near = -torch.cdist(points.double(), centres).square() / (2 * EIGHT_DEVIATION**2)
+    log_p = near.logsumexp(1) - math.log(len(centres) * 2 * math.pi * EIGHT_DEVIATION**2)
+    return -log_p / (2 * math.log(2))
 
 
 def bound(
