@@ -56,7 +56,6 @@ def test_an_added_rotation_is_found_and_known_to_be_harmless(with_gauge):
     found = conservativity(model, dataset, n=64, ratios=RATIOS, steps=0)
     assert found.error == pytest.approx([weight**2] * 2, rel=1e-5)
     assert max(found.condition) < 1e-4
-    # |J' - J'^T|^2 = w^2 (2 tr J)^2 / 2 for symmetric J in the plane, by the exact score's own Jacobian.
     plain = conservativity(*with_gauge(0.0), n=64, ratios=RATIOS, steps=0)
     assert found.size == pytest.approx([(1 + weight**2) * size for size in plain.size], rel=1e-5)
     assert min(found.asymmetry) > 0.1
@@ -82,6 +81,34 @@ def test_the_split_takes_a_rotation_out_of_the_field(with_gauge, tmp_path):
     assert json.loads(paths[0].read_text())["remainder"] == found.remainder
 
 
+def test_a_linear_gauge_has_the_asymmetry_of_its_matrices(monkeypatch):
+    # Of N(0, C) and s + w A s the Jacobian is -(1 + w A) (C + r^2)^-1 everywhere.
+    data = DataConfig(source="toy:gaussian:3", num_points=400)
+    dataset = data.load()
+    config = recipe("edm", data, dataset, 0, {"network.width": 8, "network.depth": 1})
+    model, exact = config.method.build(config.spec), oracle_of(dataset)
+    skew = torch.tensor([[0.0, 2.0, -1.0], [-2.0, 0.0, 0.5], [1.0, -0.5, 0.0]], dtype=torch.float64)
+    field = score_field(RotatedDenoiser(exact, skew), VarianceExploding())
+    monkeypatch.setattr(Diffusion, "score_field", lambda _: field)
+    found = conservativity(model, dataset, n=4, ratios=[0.5], steps=0)
+    axes, variances = exact.axes.double(), exact.variances.double()
+    spread = axes @ torch.diag(variances) @ axes.T + 0.25 * torch.eye(3, dtype=torch.float64)
+    slope = -(torch.eye(3, dtype=torch.float64) + skew) @ spread.inverse()
+    odd, whole = (slope - slope.T).square().sum(), slope.square().sum()
+    assert found.antisymmetric == pytest.approx([float(odd)], rel=1e-4)
+    assert found.asymmetry == pytest.approx([float(odd / (4 * whole))], rel=1e-4)
+    assert found.asymmetry[0] > 0.1
+    assert max(found.condition) < 1e-3
+
+
+def test_a_model_that_is_told_classes_is_not_compared_with_the_law_of_all(planar):
+    _, dataset = planar
+    data = DataConfig(source="toy:8-gaussians", num_points=400)
+    config = recipe("edm", data, dataset, 0, {"network.width": 8, "network.depth": 1, "conditional": True})
+    found = conservativity(config.method.build(config.spec), dataset, n=4, ratios=RATIOS, steps=0)
+    assert found.error is None
+
+
 def test_the_weak_residual_knows_gauge_fields_from_others(planar):
     _, dataset = planar
     y = dataset.spec.encode(dataset.train).double()[:2000]
@@ -97,7 +124,9 @@ def test_refused(planar):
     model, dataset = planar
     with pytest.raises(UserError, match=r"ratios: 100 is not valid: .* trained at are 0.002 to 80"):
         conservativity(model, dataset, ratios=[0.1, 100.0])
-    with pytest.raises(UserError, match="probes: 0 is not valid: must be at least 1"):
+    with pytest.raises(UserError, match="n: 401 is more than the 400 held-out items"):
+        conservativity(model, dataset, n=401)
+    with pytest.raises(UserError, match="probes: 0 is not valid: must be at least 1, or exact"):
         conservativity(model, dataset, probes=0)
     with pytest.raises(UserError, match="steps: -1 is not valid: must be at least 0"):
         conservativity(model, dataset, steps=-1)

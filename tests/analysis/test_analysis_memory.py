@@ -302,7 +302,7 @@ def test_activations_are_what_the_graph_has_saved(network):
 
 @pytest.mark.parametrize("optimizer", ["adam", "riemannian", "als"])
 def test_optimizers_of_tensor_trains(optimizer):
-    model = model_of({"kind": "tensor-train"}, (2,))
+    model = model_of({"kind": "tensor-train", "rank": 3, "degree": 5}, (2,))
     values = OPTIMIZERS.resolve(optimizer).training_recipe()
     told = training_memory(model, TrainingConfig.parse({"batch_size": 64, "optimizer": optimizer, **values}))
     assert told.method == optimizer

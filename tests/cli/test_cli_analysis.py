@@ -1,6 +1,7 @@
 """`osmose analyze dimension`, `conservativity` and `likelihood --by ode`: from the outside."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from osmose.analysis.outliers import Outliers
+from osmose.analysis.outliers import Outliers, in_units_of
 from osmose.cli.main import main
+from osmose.data.dataset import DataConfig
+from osmose.errors import UserError
 
 
 def files_of(folder):
@@ -91,10 +94,23 @@ def test_likelihood_by_the_chain_against_other_data_of_as_many_levels(osmose):
     assert said["outliers"]["bits_per_dim"] == said["bits_per_dim"]
 
 
+def test_other_data_are_brought_to_the_run_s_units_and_levels():
+    digits = DataConfig(source="digits").load()
+    values = np.random.default_rng(0).integers(0, 17, (6, 1, 8, 8))
+    other = replace(
+        digits,
+        train=torch.from_numpy(values * 15.0).float(),
+        spec=digits.spec.replace(range=(0.0, 240.0), shift=(120.0,), scale=(120.0,)),
+    )
+    assert torch.equal(in_units_of(other, digits.spec).train.double(), torch.from_numpy(values).double())
+    with pytest.raises(UserError, match="against: digits has 9 levels, and the run's data 17: bits do not compare"):
+        in_units_of(digits.quantised(9), digits.spec)
+
+
 def test_auroc_counts_pairs():
     own, other = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 9.0])
-    assert Outliers(own, other, "x").auroc == pytest.approx((1.5 + 3) / 6)
-    assert "more likely under this model than its own" in Outliers(other, own, "x").reading()
+    assert Outliers(own, other, "x", "train").auroc == pytest.approx((1.5 + 3) / 6)
+    assert "more likely under this model than its own" in Outliers(other, own, "x", "train").reading()
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +146,13 @@ def student(tmp_path_factory, made):
             "ratios: 1e+09 is not valid: the noise-to-signal ratios that",
         ),
         ("dimension", ["toy", "-n", "0"], "--num: 0 is not valid: must be at least 1"),
-        ("dimension", ["toy", "--probes", "0"], "--probes: 0 is not valid: must be at least 1"),
+        ("dimension", ["toy", "--probes", "0"], "probes: 0 is not valid: must be at least 1, or exact"),
+        ("dimension", ["toy", "--probes", "all"], "--probes: 'all' is not valid: should be a whole number, or exact"),
+        (
+            "dimension",
+            ["toy", "--at", "x.npz", "-n", "3"],
+            "--num: is for real items; with --at all points",
+        ),
         ("dimension", ["toy", "--estimators", "flipp"], "estimators: 'flipp' is not valid; did you mean 'flipd'"),
         ("dimension", ["toy", "--at", "digits/config.json"], "digits/config.json"),
         ("dimension", ["toy", "--out", "toy/config.json"], "--out: toy/config.json is a file; name a folder"),

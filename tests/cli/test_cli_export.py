@@ -25,6 +25,8 @@ def made(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("export")
     main(["train", "ddpm", "--data", "digits", *UNET, *SHORT, "--out", str(folder / "run")])
+    small = ["--network", "dit", "network.width=16", "network.depth=1", "network.heads=2"]
+    main(["train", "ddpm", "--data", "digits", *small, *SHORT, "--out", str(folder / "patches")])
     return folder
 
 
@@ -45,7 +47,7 @@ def test_there_and_back(osmose):
 def test_the_ten_lines_of_the_page(osmose):
     pytest.importorskip("openvino")
     pytest.importorskip("onnxscript")
-    answer = osmose("export", "run", "--to", "openvino", "--out", "FOLDER", "--steps", "4")
+    answer = osmose("export", "patches", "--to", "openvino", "--out", "FOLDER", "--steps", "4")
     assert answer.status == 0, answer
     page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
     code = re.search(r"(    import json, numpy, openvino\n(?:    .*\n)+)", page).group(1)

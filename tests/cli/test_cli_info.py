@@ -73,7 +73,7 @@ def test_what_is_in_the_folder_comes_first(refused, tmp_path, monkeypatch):
         (["mbconv69"], "mbconv69: neither a run folder nor a data set nor a network; data sets are digits, "),
         (
             ["mbconv69"],
-            "text, causal-text, experts, quantized, bf16, implicit, ddpm-cifar10",
+            "text, causal-text, experts, conservative, quantized, bf16, implicit, ddpm-cifar10",
         ),
         (["unet", "--shape", "1,28,28"], "network.mult: 4 levels need sides divisible by 8"),
         (["unet", "--shape", "2"], "a unet needs images"),

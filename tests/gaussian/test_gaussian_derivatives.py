@@ -2,7 +2,16 @@ import pytest
 import torch
 
 from osmose.errors import UserError
-from osmose.gaussian.derivatives import MOST, jacobian, products, pulled_back, signs_like, with_divergence
+from osmose.gaussian.derivatives import (
+    EXACT,
+    MOST,
+    jacobian,
+    probes_for,
+    products,
+    pulled_back,
+    signs_like,
+    with_divergence,
+)
 
 
 @pytest.fixture
@@ -56,8 +65,14 @@ def test_refused(linear):
     field, _ = linear
     with pytest.raises(UserError, match="probes: 0 is not valid: Hutchinson's estimate needs at least 1"):
         signs_like(points(), 0, torch.Generator())
-    with pytest.raises(UserError, match=f"at most {MOST} values an item.*use Hutchinson's estimate, with --probes"):
+    with pytest.raises(UserError, match=f"at most {MOST} values an item.*take Hutchinson's estimate, --probes 32"):
         jacobian(lambda x: x, torch.zeros(1, MOST + 1))
+    with pytest.raises(UserError, match=f"probes: exact needs a Jacobian of {MOST + 1} x {MOST + 1}"):
+        probes_for("exact", MOST + 1, 4)
+    with pytest.raises(UserError, match="probes: 0 is not valid: must be at least 1, or exact"):
+        probes_for(0, 2, 4)
+    asked = [(None, EXACT), (None, EXACT + 1), ("exact", EXACT + 1), (7, 2)]
+    assert [probes_for(probes, dimension, 4) for probes, dimension in asked] == [None, 4, None, 7]
     with pytest.raises(ValueError, match="no gradient in x"):
         with_divergence(lambda x: field(x).detach(), points(), None)
     with pytest.raises(ValueError, match=r"the field has shape \(4, 1, 3\), and x has \(4, 2, 3\)"):

@@ -304,6 +304,11 @@ def test_bessel_ratios_are_those_of_scipy(dimension):
     assert torch.allclose(bessel_ratio(kappa, dimension), torch.from_numpy(want), rtol=1e-10)
 
 
+def test_a_bessel_ratio_beyond_what_it_is_right_for_is_refused():
+    with pytest.raises(ValueError, match="a Bessel ratio of d = 61 is not computed here"):
+        bessel_ratio(torch.ones(1), 61)
+
+
 def frame_of(dimension, axes):
     normal = torch.randn(dimension, axes, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     return torch.linalg.qr(normal)[0]
@@ -347,6 +352,13 @@ def test_a_gauge_field_leaves_a_gaussian_s_flow_its_law():
     # Push N(0, C + r^2) from r = 5 to 0.05 along dy/d(log r) = y - D: the covariance at the end is exact for any gauge.
     covariance = torch.diag(torch.tensor([1.0, 0.5, 2.0, 0.0], dtype=torch.float64))
     eye = torch.eye(4, dtype=torch.float64)
+    # At every r: with the flow's matrix M, d(C + r^2)/d(log r) = M (C + r^2) + (C + r^2) M^T has to be 2 r^2.
+    for ratio in (0.01, 0.3, 4.0):
+        here = covariance + ratio**2 * eye
+        turn = torch.triu(torch.randn(4, 4, generator=torch.Generator().manual_seed(8), dtype=torch.float64), 1)
+        exact = GaussianDenoiser(torch.zeros(4, dtype=torch.float64), covariance)
+        matrix = eye - RotatedDenoiser(exact, 5 * (turn - turn.T))(eye, Level(0.0, 1.0, ratio)).T
+        assert torch.allclose(matrix @ here + here @ matrix.T, 2 * ratio**2 * eye, atol=1e-10)
     skew = torch.triu(torch.randn(4, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64), 1)
     exact, pushed = GaussianDenoiser(torch.zeros(4, dtype=torch.float64), covariance), []
     for weight in (0.0, 1.0, 5.0):

@@ -116,6 +116,13 @@ def test_refused():
     with pytest.raises(UserError, match="ratio: 100 is not valid"):
         log_density(field, MEAN[None], 100.0)
 
+    def broken(y, _ratios, _condition):
+        return y * math.nan
+
+    made = type(field)(broken, 0.01, 1.0, 1.0)
+    with pytest.raises(UserError, match="likelihood: the network answers with NaN or infinity along the flow"):
+        log_density(made, MEAN[None])
+
     def noise(y, _ratios, _condition):  # no function of y that could be followed
         return (1e6 * y).sin() * 1e3
 

@@ -66,7 +66,7 @@ def oracle(model, law=RHO1, start=RHO0, shift=0.0):
     path, asked = model.config.path, []
     true = MixturePath(path, law, None if path.one_sided or path.mirror else start)
 
-    def outputs(x, t, condition):  # noqa: ARG001
+    def outputs(x, t, _condition):
         asked.append(x.detach())
         t = t.double()
         t = t[0] if bool((t == t[0]).all()) else t
@@ -91,7 +91,7 @@ def oracle(model, law=RHO1, start=RHO0, shift=0.0):
 def says(model, *values):
     """Let the network say the same everywhere."""
 
-    def outputs(x, t, condition):  # noqa: ARG001
+    def outputs(x, t, _condition):  # noqa: ARG001
         return tuple(torch.as_tensor(value).to(x).expand_as(x) for value in values)
 
     model._outputs = outputs
@@ -821,3 +821,39 @@ def test_a_path_of_one_s_own_is_looked_at():
 
     with pytest.raises(ConfigError, match=r"beta: 1\.1 at t = 1 is not valid: must be 1"):
         build(FROM, path=Wrong())
+
+
+@pytest.mark.parametrize("kind", ONE_SIDED)
+def test_the_score_of_its_data_under_noise_is_that_of_its_fields(kind):
+    # Data N(0, c): all fields are multiples of x, and E[x1 | y] = c / (c + r^2) y at y = x1 + r z.
+    c = 0.7
+    model = build(path=kind)
+    path = model.config.path
+
+    def outputs(x, t, _condition):
+        at = path.at(t)
+        size = at.alpha**2 + at.beta**2 * c
+        noise, data = at.alpha / size, at.beta * c / size
+        exact = noise * at.alpha_dot + data * at.beta_dot if model.learned == "b" else at.alpha * data - at.beta * noise
+        return (column(exact, x) * x,)
+
+    model._outputs = outputs
+    field = model.score_field()
+    y = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert field.lowest < 0.02
+    assert field.highest > 50
+    for ratio in (0.02, 0.5, 30.0):
+        assert torch.allclose(field.denoised(y, ratio), c / (c + ratio**2) * y, rtol=1e-6, atol=1e-9)
+        assert torch.allclose(field.score(y, ratio), -y / (c + ratio**2), rtol=1e-5)
+    assert field.prior_std == pytest.approx((1 + field.highest**2) ** 0.5, rel=1e-2)
+
+
+def test_what_has_no_score_says_so():
+    paired = build(coupling="ot")
+    with pytest.raises(
+        UserError, match="interpolant: coupling=ot pairs noise with data, and what is learned then is no"
+    ):
+        paired.score_field()
+    linear = build(path="linear")
+    with pytest.raises(UserError, match="interpolant: the noise of linear is not all that is between its ends"):
+        linear.score_field()

@@ -32,7 +32,8 @@ def test_the_quick_form_and_that_it_goes_on(tmp_path):
 
 
 def test_the_printed_sign_is_wrong():
-    right, printed = (row.values["left"] for row in exact_rows(50))
+    begin, right, printed = (row.values["left"] for row in exact_rows(50))
+    assert begin == pytest.approx(80)
     assert right == pytest.approx(0, abs=1e-12)
     assert printed > 1e5
     # From sigma = 2 a step to 1 ends at 3.

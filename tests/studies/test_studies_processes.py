@@ -76,9 +76,9 @@ def test_the_quick_form_of_every_study(name, quick_form):
 
 
 def test_killed_and_continued_in_several_processes_is_the_same(tmp_path, quick_form):
-    whole = quick_form("train-steps").results
+    whole = quick_form("blocks").results
     out = tmp_path / "killed"
-    words = ["study", "train-steps", "--quick", "--jobs", "2", "--out", str(out)]
+    words = ["study", "blocks", "--quick", "--jobs", "2", "--out", str(out)]
     process = subprocess.Popen([sys.executable, "-m", "osmose", *words], stderr=subprocess.DEVNULL)
     try:
         _wait_for(lambda: any(out.glob("measurements/*.json")))
@@ -92,7 +92,7 @@ def test_killed_and_continued_in_several_processes_is_the_same(tmp_path, quick_f
     _wait_for(lambda: not any(child.is_running() and child.status() != "zombie" for child in children))
     assert sorted(out.glob("measurements/*.json")) == measured, "a process went on without the one that started it"
     assert not (out / "results.json").exists()
-    parts = run_study("train-steps", out, quick=True, progress=False).results
+    parts = run_study("blocks", out, quick=True, progress=False).results
     for key in ("claims", "rows"):
         assert json.dumps(parts[key]) == json.dumps(whole[key])
 

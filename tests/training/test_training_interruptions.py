@@ -150,7 +150,7 @@ def test_killed_at_random_moments_it_resumes_to_the_same_folder(tmp_path, conten
         return low + (high - low) * torch.rand((), generator=random).item()
 
     kills, whole_runs, more = 0, 0, first
-    while kills < 10:
+    while kills < 6:
         name = f"killed{whole_runs}"
         log = tmp_path / name / "metrics.jsonl"
         before = log.stat().st_size if log.exists() else 0

@@ -23,7 +23,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from osmose.analysis.helmholtz import Split, split
 from osmose.analysis.noise_error import oracle_of
 from osmose.data.dataset import Dataset
 from osmose.errors import UserError
-from osmose.gaussian.derivatives import jacobian, products, require_exact, signs_like
+from osmose.gaussian.derivatives import EXACT, jacobian, probes_for, products, signs_like
 from osmose.gaussian.draws import seeded
 from osmose.gaussian.schedule import VarianceExploding
 from osmose.gaussian.score import ScoreField, score_field
@@ -42,8 +42,10 @@ from osmose.training import files
 
 #: Ratios when none are named: so many between these, as far as the run was trained there.
 _COUNT, _QUIET, _LOUD = 7, 0.05, 10.0
-#: Values of an item up to which Jacobians are exact when nothing is said, and probes beyond.
-EXACT, PROBES = 64, 16
+#: Items when nothing is said.
+_POINTS = 64
+#: Hutchinson's probes of large items when nothing is said.
+PROBES = 16
 #: Random waves of the residual.
 _WAVES = 64
 #: Noisy items at which the split is measured, for each that Jacobians are taken at.
@@ -99,7 +101,7 @@ class Conservativity:
             else f"at most {most:.2g} of the score's Jacobian is antisymmetric (at sigma / alpha = {where:.2g})"
         ]
         if self.conditions["dimension"] == 1:
-            lines.append("of one value every field is a gradient: there is nothing to measure")
+            return [*lines, "of one value every field is a gradient: there is nothing to measure"]
         if self.remainder is not None and self.floor is not None:
             over = [max(0.0, a - b) for a, b in zip(self.remainder, self.floor, strict=True)]
             worst = over.index(max(over))
@@ -108,7 +110,7 @@ class Conservativity:
                 f"{self.ratios[worst]:.2g}, a free network {self.floor[worst]:.2g}: "
                 + (
                     "all of it may be error of fitting"
-                    if self.remainder[worst] < 2 * self.floor[worst]
+                    if self.remainder[worst] <= 2 * self.floor[worst]
                     else "the field has a part that is no gradient, which changes no sample where it is a gauge field"
                 )
             )
@@ -126,9 +128,9 @@ def conservativity(
     model: GenerativeModel,
     dataset: Dataset,
     *,
-    n: int = 64,
+    n: int | None = None,
     ratios: Sequence[float] | None = None,
-    probes: int | None = None,
+    probes: int | Literal["exact"] | None = None,
     steps: int = 1000,
     seed: int = 0,
     on_step: OnStep | None = None,
@@ -138,9 +140,9 @@ def conservativity(
     Args:
         model: a model with a score field.
         dataset: the data it was trained on.
-        n: items that Jacobians are taken at, at random.
+        n: items that Jacobians are taken at, at random; 64, or all of fewer, if None.
         ratios: noise-to-signal ratios; seven from 0.05 to 10 if None, as far as the run was trained there.
-        probes: Hutchinson's; None is exact Jacobians up to 64 values an item, and 16 probes beyond.
+        probes: Hutchinson's, or "exact"; None is exact Jacobians up to 64 values an item, and 16 probes beyond.
         steps: of teaching each network of the split; 0 leaves it out.
         seed: of items, noise, probes and the split.
         on_step: called with the parts done and all of them.
@@ -149,7 +151,7 @@ def conservativity(
         UserError: a model without a field, ratios that it was not trained at, a number that is not valid.
     """
     field = model.score_field()
-    for name, value, least in (("n", n, 1), ("probes", probes, 1), ("steps", steps, 0)):
+    for name, value, least in (("n", n, 1), ("steps", steps, 0)):
         if value is not None and value < least:
             raise UserError(f"{name}: {value} is not valid: must be at least {least}")
     if ratios is None:
@@ -163,9 +165,7 @@ def conservativity(
         raise UserError("ratios: none given; should be one or more")
     if steps and len(chosen) < 2:
         raise UserError("ratios: the split is learned between the smallest and the largest: give 2, or --steps 0")
-    counted = probes if probes is not None else None if model.spec.dimension <= EXACT else PROBES
-    if counted is None:
-        require_exact(model.spec.dimension)
+    counted = probes_for(probes, model.spec.dimension, PROBES)
     training = model.training
     model.eval()
     try:
@@ -181,7 +181,7 @@ class _Measurement:
         field: ScoreField,
         dataset: Dataset,
         ratios: list[float],
-        n: int,
+        n: int | None,
         probes: int | None,
         steps: int,
         seed: int,
@@ -190,6 +190,9 @@ class _Measurement:
         self.model, self.dataset, self.ratios = model, dataset, ratios
         self.probes, self.steps, self.seed = probes, steps, seed
         items, labels = dataset.part("held-out")
+        if n is not None and n > len(items):
+            raise UserError(f"n: {n} is more than the {len(items)} held-out items")
+        n = min(_POINTS, len(items)) if n is None else n
         rows = torch.randperm(len(items), generator=seeded(seed, "conservativity"))
         few, many = rows[:n], rows[: n * _MORE]
         told = model.config.conditional and labels is not None
@@ -277,8 +280,8 @@ class _Measurement:
         )
 
     def _exact(self) -> ScoreField | None:
-        """Of the data's law, where it is known and small enough for whole Jacobians."""
-        if self.model.spec.dimension > EXACT:
+        """Of the data's law, where it is known and small enough for whole Jacobians, and the model told no classes."""
+        if self.model.spec.dimension > EXACT or self.model.config.conditional:
             return None
         try:
             return score_field(
@@ -299,7 +302,7 @@ class _Measurement:
         row = {
             "remainder": float(_squares(rest).mean() / size),
             "floor": float(_squares(own - free).mean() / size),
-            "overlap": float((gradient * rest).sum(1).mean() / both),
+            "overlap": float((gradient * rest).sum(1).mean() / both) if float(both) else 0.0,
             "residual": weak_residual(y.flatten(1).cpu().double(), rest, seeded(self.seed, "waves", index)),
         }
         if exact is not None:
@@ -312,12 +315,23 @@ class _Measurement:
         score, slope = jacobian(lambda y: field.score(y, ratio), y)
         true, expected = jacobian(lambda y: exact.score(y, ratio), y.cpu().double())
         off, change = score.cpu().double() - true, slope.cpu().double() - expected
-        left = change.diagonal(dim1=1, dim2=2).sum(1) + (off * true).flatten(1).sum(1)
-        chance = (_squares(off) * _squares(true) + _squares(change)).mean() / change.shape[1]
         return {
             "error": float(_squares(off).mean() / _squares(true).mean()),
-            "condition": float((left.square().mean() / chance.clamp(min=1e-300)).sqrt()),
+            "condition": gauge_residual(off.flatten(1), change, true.flatten(1)),
         }
+
+
+def gauge_residual(field: Tensor, slope: Tensor, score: Tensor) -> float:
+    """Root mean square of div g + g . s, in units of what a field of that size without any structure would have.
+
+    Args:
+        field: g, float64 (n, D).
+        slope: its Jacobians, (n, D, D).
+        score: s of the law, (n, D).
+    """
+    left = slope.diagonal(dim1=1, dim2=2).sum(1) + (field * score).sum(1)
+    chance = (_squares(field) * _squares(score) + _squares(slope)).mean() / field.shape[1]
+    return float((left.square().mean() / chance.clamp(min=1e-300)).sqrt())
 
 
 def weak_residual(y: Tensor, field: Tensor, generator: torch.Generator) -> float:

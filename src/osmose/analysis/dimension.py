@@ -31,26 +31,21 @@ from torch import Tensor
 
 from osmose.errors import UserError, nearest
 from osmose.gaussian.density import log_density
-from osmose.gaussian.derivatives import MOST, jacobian, pulled_back, signs_like, with_divergence
+from osmose.gaussian.derivatives import EXACT, MOST, jacobian, pulled_back, signs_like, with_divergence
 from osmose.gaussian.draws import seeded
 from osmose.gaussian.score import ScoreField
 from osmose.methods.messages import OnStep
 
-#: Values of an item up to which traces and Jacobians are exact when nothing is said.
-EXACT = 64
 #: Copies of a point for each of its values: the matrix of scores has so many rows.
 COPIES = 4
-#: Steps in log r: of the flow's path, four evaluations each, and between its Jacobians.
-_STEP = 0.1
+_COPIES_AT_A_TIME = 1024
+#: Between Jacobians of the flow in log r; its path takes two steps of four evaluations in each.
+_STEP = 0.2
 #: Over how much of log r slopes of singular values are taken: half a decade.
 _WINDOW = math.log(10) / 2
 _NEIGHBOURS = 100
 #: Values of the matrix of distances of `kde` at a time.
 _BLOCK = 1 << 24
-
-#: What each needs of a point: whole Jacobians, or not.
-ESTIMATORS = {"flipd": False, "normal-bundle": False, "rank": True, "flow": True, "lidl": False, "kde": False}
-BASELINES = ("lpca", "mle")
 
 
 @dataclass(frozen=True)
@@ -92,29 +87,40 @@ class Estimates:
     Attributes:
         values: (n, R), NaN where it says nothing; (n, 1) of one that knows no ratio.
         spectra: singular values that it counts, (n, R, D), or None.
+        by_ratio: whether it knows ratios.
     """
 
     values: Tensor
     spectra: Tensor | None = None
+    by_ratio: bool = True
 
 
-def choose(names: Sequence[str] | None, dimension: int) -> list[str]:
+def choose(names: Sequence[str] | None, dimension: int, conditional: bool = False) -> list[str]:
     """The estimators to run: those named, or those that such data can afford.
 
+    What looks at the training items alone (kde, lpca, mle) knows no classes: it is not among the default ones of a
+    model that is told them.
+
     Raises:
-        UserError: a name that is none, or one that needs whole Jacobians of too many values.
+        UserError: a name that is none, or one that such data cannot afford.
     """
     if names is None:
-        exact = dimension <= EXACT
-        return [name for name, whole in ESTIMATORS.items() if name != "lidl" and (exact or not whole)]
+        found = ["flipd"]
+        if 1 < dimension <= EXACT:
+            found.append("normal-bundle")
+        if dimension <= EXACT:
+            found += ["rank", "flow"]
+        return found if conditional else [*found, "kde"]
     for name in names:
-        if name not in ESTIMATORS and name not in BASELINES:
-            raise UserError(f"estimators: {name!r} is not valid; {nearest(name, [*ESTIMATORS, *BASELINES])}")
-        if ESTIMATORS.get(name) and dimension > MOST:
+        if name not in ESTIMATORS:
+            raise UserError(f"estimators: {name!r} is not valid; {nearest(name, ESTIMATORS)}")
+        if name in ("rank", "flow") and dimension > MOST:
             raise UserError(
                 f"estimators: {name} needs whole Jacobians, of at most {MOST} values an item, and these have "
                 f"{dimension}; take flipd, with --probes"
             )
+        if name == "normal-bundle" and dimension == 1:
+            raise UserError("estimators: normal-bundle looks for a gap among singular values, and of one value is one")
         if name == "normal-bundle" and dimension > 3 * MOST:
             raise UserError(
                 f"estimators: normal-bundle needs a matrix of {COPIES * dimension} x {dimension} for each point; take "
@@ -124,19 +130,14 @@ def choose(names: Sequence[str] | None, dimension: int) -> list[str]:
 
 
 def estimate(name: str, problem: Problem, on_step: OnStep) -> Estimates:
-    """Run an estimator; `on_step` is called with the ratios done and all of them."""
-    own: dict[str, Callable[[Problem, OnStep], Estimates]] = {
-        "flipd": flipd,
-        "normal-bundle": normal_bundle,
-        "rank": rank,
-        "flow": flow,
-        "lidl": lidl,
-        "kde": kde,
-    }
-    if name in own:
-        return own[name](problem, on_step)
-    found = neighbours(name, problem)
-    on_step(1, 1)
+    """Run an estimator of `ESTIMATORS`; `on_step` is called with the parts done and all of them.
+
+    Raises:
+        UserError: what it says is no number at some point; see the estimators for others.
+    """
+    found = ESTIMATORS[name](problem, on_step)
+    if bool(found.values.isinf().any()) or (name != "flow" and bool(found.values.isnan().any())):
+        raise UserError(f"{name}: is not finite at some points: the run's network answers with NaN or infinity there")
     return found
 
 
@@ -176,9 +177,12 @@ def normal_bundle(problem: Problem, on_step: OnStep) -> Estimates:
             field, condition = problem.field, problem.field.condition
             if condition is not None:
                 field = field.given(condition[k].expand(count))
+            scores = []
             with torch.no_grad():
-                scores = field.score(point + ratio * noise, ratio).flatten(1)
-            rows.append(torch.linalg.svdvals(scores.cpu().double()))
+                for part in torch.arange(count).split(_COPIES_AT_A_TIME):
+                    own = field if field.condition is None else field.given(field.condition[part.to(point.device)])
+                    scores.append(own.score(point + ratio * noise[part.to(point.device)], ratio).flatten(1).cpu())
+            rows.append(torch.linalg.svdvals(torch.cat(scores).double()))
         spectrum = torch.stack(rows)
         values.append(D - 1 - (spectrum[:, :-1] - spectrum[:, 1:]).argmax(1).double())
         spectra.append(spectrum)
@@ -198,18 +202,22 @@ def rank(problem: Problem, on_step: OnStep) -> Estimates:
 
 
 def flow(problem: Problem, on_step: OnStep) -> Estimates:
-    """Slopes below 1/2 of the logarithms of singular values of the flow's derivative, over half a decade above r."""
+    """Slopes below 1/2 of the logarithms of singular values of the flow's derivative, over half a decade above r.
+
+    Where the run ends before, over what there is; NaN at its largest ratio, above which there is nothing.
+    """
     field, ratios = problem.field, problem.ratios
-    wanted = torch.cat([ratios, ratios * math.exp(_WINDOW)]).log().unique()
+    wanted = torch.cat([ratios.log(), ratios.log() + _WINDOW]).unique()
     taus, values = flow_singular_values(field, problem.points, wanted, on_step)
-    counts = []
+    counts, spectra = [], []
     for ratio in ratios.log().tolist():
         low = int((taus - ratio).abs().argmin())
-        high = int((taus - min(ratio + _WINDOW, float(taus[-1]))).abs().argmin())
+        high = int((taus - (ratio + _WINDOW)).abs().argmin())
         slope = (values[:, high] - values[:, low]) / (taus[high] - taus[low])
-        counts.append((slope < 0.5).sum(1).double())
-    picked = torch.stack([values[:, int((taus - ratio).abs().argmin())] for ratio in ratios.log().tolist()], 1)
-    return Estimates(torch.stack(counts, 1), picked.exp())
+        count = (slope < 0.5).sum(1).double()
+        counts.append(count if high > low else torch.full_like(count, math.nan))
+        spectra.append(values[:, low])
+    return Estimates(torch.stack(counts, 1), torch.stack(spectra, 1).exp())
 
 
 def flow_singular_values(
@@ -232,11 +240,11 @@ def flow_singular_values(
     """
     start, end = math.log(field.lowest), math.log(field.highest)
     inside = wanted[(wanted > start + 1e-9) & (wanted < end - 1e-9)].tolist()
-    marks = [start, *inside, end]
-    grid = [marks[0]]
-    for low, high in itertools.pairwise(marks):  # every mark, and between them no step longer than _STEP
-        parts = max(1, math.ceil((high - low) / (2 * _STEP)))
-        grid += [low + (high - low) * (k + 1) / parts for k in range(parts)]
+    grid, kept = [start], [0]
+    for low, high in itertools.pairwise([start, *inside, end]):  # every mark, and between them no step beyond _STEP
+        parts = max(1, math.ceil((high - low) / _STEP))
+        grid += [low + (high - low) * (k + 1) / parts for k in range(parts - 1)] + [high]
+        kept.append(len(grid) - 1)
     states = [x]
     with torch.no_grad():
         for low, high in itertools.pairwise(grid):
@@ -261,7 +269,6 @@ def flow_singular_values(
         found[index], after = torch.linalg.svdvals(Y).clamp(min=1e-300).log(), here
         if on_step is not None:
             on_step(len(grid) - 1 - index, len(grid) - 1)
-    kept = [index for index, tau in enumerate(grid) if tau in marks]
     return (
         torch.tensor([grid[index] for index in kept], dtype=torch.float64),
         torch.stack([found[index] for index in kept], 1),
@@ -295,7 +302,7 @@ def kde(problem: Problem, on_step: OnStep) -> Estimates:
     """Mean of |x - x_i|^2 / r^2 over the training items, with weights exp(-|x - x_i|^2 / 2 r^2)."""
     queries, items = (values.flatten(1).cpu().double() for values in (problem.points, problem.items))
     rows = []
-    size = max(1, _BLOCK // len(items))
+    size = max(1, _BLOCK // (len(items) * len(problem.ratios)))
     for part in queries.split(size):
         squares = torch.cdist(part, items, compute_mode="donot_use_mm_for_euclid_dist").square()
         # Not the point itself, where it is one of the items.
@@ -307,7 +314,7 @@ def kde(problem: Problem, on_step: OnStep) -> Estimates:
     return Estimates(torch.cat(rows))
 
 
-def neighbours(name: str, problem: Problem) -> Estimates:
+def _neighbours(name: str, problem: Problem, on_step: OnStep) -> Estimates:
     """Lpca or mle of the nearest training items of each point, by scikit-dimension.
 
     Raises:
@@ -333,4 +340,28 @@ def neighbours(name: str, problem: Problem) -> Estimates:
         values = np.asarray(fitted.dimension_pw_, dtype=np.float64)
     else:
         values = np.array([skdim.id.lPCA().fit(items[row]).dimension_ for row in places], dtype=np.float64)
-    return Estimates(torch.from_numpy(values)[:, None])
+    on_step(1, 1)
+    return Estimates(torch.from_numpy(values)[:, None], by_ratio=False)
+
+
+def lpca(problem: Problem, on_step: OnStep) -> Estimates:
+    """Principal components of the nearest training items of each point."""
+    return _neighbours("lpca", problem, on_step)
+
+
+def mle(problem: Problem, on_step: OnStep) -> Estimates:
+    """Distances of the nearest training items of each point, by the likelihood of a Poisson process."""
+    return _neighbours("mle", problem, on_step)
+
+
+#: All of them, by name.
+ESTIMATORS: dict[str, Callable[[Problem, OnStep], Estimates]] = {
+    "flipd": flipd,
+    "normal-bundle": normal_bundle,
+    "rank": rank,
+    "flow": flow,
+    "lidl": lidl,
+    "kde": kde,
+    "lpca": lpca,
+    "mle": mle,
+}

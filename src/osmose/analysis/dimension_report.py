@@ -8,17 +8,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from osmose.analysis.dimension import EXACT, Estimates, Problem, by_pixel, choose, estimate
+from osmose.analysis.dimension import Estimates, Problem, by_pixel, choose, estimate
 from osmose.data import manifolds
 from osmose.data.dataset import Dataset
 from osmose.data.pictures import has_picture, to_images
 from osmose.errors import UserError
+from osmose.gaussian.derivatives import probes_for
 from osmose.gaussian.draws import seeded
 from osmose.methods.base import GenerativeModel
 from osmose.methods.messages import OnStep
@@ -36,6 +37,8 @@ _STILL, _STILL_SHARE, _LONG = 0.5, 0.1, 0.45
 _FULL = 0.9
 #: Hutchinson's probes when nothing is said, of items whose traces are not exact.
 PROBES = 32
+#: Points when nothing is said.
+_POINTS = 64
 #: Images that the map shows at most.
 _SHOWN = 24
 
@@ -83,11 +86,12 @@ class Dimension:
 
     def verdict(self) -> str:
         """Whether the estimators agree, in a sentence."""
+        if len(self.ratios) == 1:
+            told = ", ".join(f"{name} {float(found.values.mean()):.2f}" for name, found in self.estimates.items())
+            return f"at one scale there is nothing to say of settling: {told} of {self.ambient}"
         known = {name: round(found.value) for name, found in self.plateaus.items() if found is not None}
         known |= {
-            name: round(float(found.values.mean()))
-            for name, found in self.estimates.items()
-            if name not in self.plateaus
+            name: round(float(found.values.mean())) for name, found in self.estimates.items() if not found.by_ratio
         }
         loose = [name for name, found in self.plateaus.items() if found is None]
         said = f"; {', '.join(loose)} {'does' if len(loose) == 1 else 'do'} not settle at any scale" if loose else ""
@@ -158,10 +162,10 @@ def dimension(
     points: Tensor | None = None,
     labels: Tensor | None = None,
     part: str = "held-out",
-    n: int = 64,
+    n: int | None = None,
     ratios: Sequence[float] | None = None,
     estimators: Sequence[str] | None = None,
-    probes: int | None = None,
+    probes: int | Literal["exact"] | None = None,
     seed: int = 0,
     on_step: OnStep | None = None,
 ) -> Dimension:
@@ -173,10 +177,10 @@ def dimension(
         points: data units, (n, *event), in place of items of the data.
         labels: their classes, which a conditional model needs.
         part: "held-out" or "train": where the points come from.
-        n: how many, at random.
+        n: how many, at random; 64, or all of fewer, if None.
         ratios: noise-to-signal ratios, rising; nine from 0.01 to 1 if None, as far as the run was trained there.
         estimators: see `analysis.dimension`; if None, those that the size of the data allows.
-        probes: Hutchinson's; None is exact traces up to 64 values an item, and 32 probes beyond.
+        probes: Hutchinson's, or "exact"; None is exact traces up to 64 values an item, and 32 probes beyond.
         seed: of points, probes and noise.
         on_step: called with the parts done and all of them.
 
@@ -185,24 +189,26 @@ def dimension(
             that such data cannot afford.
     """
     field = model.score_field()
-    spec = model.spec
-    if n < 1:
+    spec, truth = model.spec, None
+    given = points is not None
+    if n is not None and n < 1:
         raise UserError(f"n: {n} is not valid: must be at least 1")
-    if probes is not None and probes < 1:
-        raise UserError(f"probes: {probes} is not valid: must be at least 1")
     if points is None:
         if part not in ("train", "held-out"):
             raise UserError(f"part: {part!r} is not valid: should be train or held-out")
         items, classes = dataset.part(part)
-        rows = torch.randperm(len(items), generator=seeded(seed, "dimension"))[:n]
+        if n is not None and n > len(items):
+            raise UserError(f"n: {n} is more than the {len(items)} {part} items")
+        rows = torch.randperm(len(items), generator=seeded(seed, "dimension"))[: n or _POINTS]
         points, labels = items[rows], None if classes is None else classes[rows]
+        truth = _truth(dataset, labels, len(points))
     elif tuple(points.shape[1:]) != spec.shape:
         raise UserError(f"points: have shape {tuple(points.shape[1:])}, and this run's data {spec.shape}")
     if model.config.conditional:
         if labels is None:
             raise UserError("labels: the run is told the class of each item; give those of the points (--label)")
         field = field.given(labels.to(model.device))
-    names = choose(estimators, spec.dimension)
+    names = choose(estimators, spec.dimension, model.config.conditional)
     if ratios is None:
         low, high = max(field.lowest, _QUIET), min(field.highest, _LOUD)
         chosen = torch.logspace(math.log10(low), math.log10(high), _COUNT, dtype=torch.float64)
@@ -212,7 +218,7 @@ def dimension(
             raise UserError(f"ratios: {list(ratios)} is not valid: should be one or more numbers above 0")
         for ratio in chosen.tolist():
             field.require(ratio)
-    counted = probes if probes is not None else None if spec.dimension <= EXACT else PROBES
+    counted = probes_for(probes, spec.dimension, PROBES)
     problem = Problem(
         field,
         spec.encode(points.to(model.device)),
@@ -233,9 +239,7 @@ def dimension(
 
             found[name] = estimate(name, problem, report)
         plateaus = {
-            name: plateau(chosen, estimates.values.mean(0))
-            for name, estimates in found.items()
-            if estimates.values.shape[1] == len(chosen) > 1
+            name: plateau(chosen, estimates.values.mean(0)) for name, estimates in found.items() if estimates.by_ratio
         }
     finally:
         model.train(training)
@@ -245,11 +249,11 @@ def dimension(
         estimates=found,
         plateaus=plateaus,
         labels=labels,
-        truth=_truth(dataset, labels, len(points)),
+        truth=truth,
         points=points.cpu(),
         map=None,
         conditions={
-            "part": part,
+            "part": "given" if given else part,
             "n": len(points),
             "probes": counted,
             "lowest": field.lowest,
@@ -309,7 +313,7 @@ def _table(result: Dimension) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["point", "class", "truth", "estimator", "ratio", "dimension"])
     for name, found in result.estimates.items():
-        ratios = [f"{ratio:.6g}" for ratio in result.ratios.tolist()] if found.values.shape[1] > 1 else [""]
+        ratios = [f"{ratio:.6g}" for ratio in result.ratios.tolist()] if found.by_ratio else [""]
         for index, row in enumerate(found.values.tolist()):
             label = "" if result.labels is None else int(result.labels[index])
             truth = "" if result.truth is None else int(result.truth[index])
@@ -345,7 +349,7 @@ def _curves(result: Dimension) -> Figure:
 def _against_ratio(axes: Axes, result: Dimension) -> None:
     for place, (name, found) in enumerate(result.estimates.items()):
         mean, colour = found.values.mean(0), f"C{place}"
-        if found.values.shape[1] == 1:
+        if not found.by_ratio:
             axes.axhline(float(mean), color=colour, linestyle=":", linewidth=1.2, label=name)
             continue
         spread = found.values.std(0) if len(found.values) > 1 else torch.zeros_like(mean)

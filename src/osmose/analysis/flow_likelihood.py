@@ -6,24 +6,23 @@ import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from osmose.analysis.likelihood import chosen_rows
 from osmose.data.dataset import Dataset
-from osmose.errors import UserError
 from osmose.gaussian.density import log_density
-from osmose.gaussian.derivatives import require_exact
+from osmose.gaussian.derivatives import probes_for
 from osmose.gaussian.draws import SampleDraws
 from osmose.methods.base import GenerativeModel
 from osmose.methods.messages import Batch, OnStep
 from osmose.methods.moments import level_step
 from osmose.training import files
 
-#: Values of an item up to which traces are exact when nothing is said, and probes beyond.
-EXACT, PROBES = 64, 4
+#: Hutchinson's probes of large items when nothing is said.
+PROBES = 4
 TOLERANCE = 1e-3
 
 
@@ -33,7 +32,7 @@ class FlowLikelihood:
 
     Attributes:
         per_item: float64 (n,).
-        solver_error: bound of the error that the steps make in it, (n,).
+        solver_error: what the steps are told to err in it, (n,), see `gaussian.density`.
         probe_error: standard error of the estimated traces in it, (n,); 0 of exact ones, NaN of one probe.
         evaluations: of the network, of each item, (n,).
         is_density: of the data as they are; otherwise, a bound for their levels through uniform noise (arXiv
@@ -87,7 +86,7 @@ def flow_likelihood(
     *,
     part: str = "held-out",
     n: int | None = None,
-    probes: int | None = None,
+    probes: int | Literal["exact"] | None = None,
     tolerance: float = TOLERANCE,
     seed: int = 0,
     batch_size: int = 256,
@@ -95,15 +94,15 @@ def flow_likelihood(
 ) -> FlowLikelihood:
     """The density of real items under a model, along the flow of its score (`gaussian.density`).
 
-    Items with levels are dequantised. An item is taken to carry the least noise that the run was trained at: of 8-bit
-    images far less than a level, of points the density is that of points with so much noise.
+    Items with levels are dequantised. An item is taken to carry the least noise that the run was trained at, which of
+    8-bit images is about a level at most: the density is that of items with so much noise.
 
     Args:
         model: a model with a score field.
         dataset: items in the units of the data it was trained on.
         part: "held-out" or "train".
         n: a random subset of so many items; all if None.
-        probes: Hutchinson's; None is exact traces up to 64 values an item, and 4 probes beyond.
+        probes: Hutchinson's, or "exact"; None is exact traces up to 64 values an item, and 4 probes beyond.
         tolerance: of a step, see `gaussian.density.log_density`.
         seed: of subset, dequantisation and probes.
         batch_size: items computed together; changes nothing but speed.
@@ -114,13 +113,9 @@ def flow_likelihood(
     """
     field, spec = model.score_field(), model.spec
     chosen = chosen_rows(dataset, part, n, seed, batch_size)
-    if probes is not None and probes < 1:
-        raise UserError(f"probes: {probes} is not valid: must be at least 1")
-    counted = probes if probes is not None else None if spec.dimension <= EXACT else PROBES
-    if counted is None:
-        require_exact(spec.dimension)
+    counted = probes_for(probes, spec.dimension, PROBES)
     step = level_step(spec)
-    # log |dx / dx_data| of a value: of data with levels, in units of the distance between two.
+    # -log |dx / dx_data| of a value: of data with levels, in units of the distance between two.
     shift = -step.log().mean() if step is not None else torch.tensor(spec.scale, dtype=torch.float64).log().mean()
     columns: list[tuple[Tensor, ...]] = []
     training = model.training

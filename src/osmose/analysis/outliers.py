@@ -20,14 +20,16 @@ class Outliers:
     """Bits per dimension of items of two data sets under one model.
 
     Attributes:
-        own: of the data that the run was trained on, held out, (n,).
+        own: of the data that the run was trained on, (n,).
         other: of the other data, (m,).
         name: of the other data.
+        part: "held-out" or "train": of both.
     """
 
     own: Tensor
     other: Tensor
     name: str
+    part: str
 
     @property
     def auroc(self) -> float:
@@ -85,7 +87,7 @@ def write_outliers(result: Outliers, folder: Path) -> list[Path]:
     axes = figure.add_subplot()
     whole = torch.cat([result.own, result.other])
     low, high = (float(whole.quantile(share)) for share in (0.002, 0.998))
-    for values, label in ((result.own, "the run's own data, held out"), (result.other, result.name)):
+    for values, label in ((result.own, f"the run's own data, {result.part}"), (result.other, result.name)):
         axes.hist(values.clamp(low, high).numpy(), bins=50, range=(low, high), density=True, alpha=0.55, label=label)
     axes.set(xlabel="bits per dimension", ylabel="density of items", title=f"AUROC {result.auroc:.3f}")
     axes.legend(fontsize=8)

@@ -61,5 +61,6 @@ COMMANDS = {
     "export": ("osmose.cli.export:Export", "write a run for diffusers, ONNX or OpenVINO"),
     "import diffusers": ("osmose.cli.export:ImportDiffusers", "make a run of a folder of diffusers"),
     "study": ("osmose.cli.study:Study", "run a table or figure of a paper again, and check its claims"),
+    "verdicts": ("osmose.cli.verdicts:Verdicts", "all claims of finished studies on one page"),
     "info": ("osmose.cli.info:Info", "describe a run, a network or a data set"),
 }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from osmose.cli.command import Result, quiet_warnings
-from osmose.cli.dimension import numbers
+from osmose.cli.dimension import numbers, probes_of
 from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
 
@@ -32,12 +32,12 @@ class Conservativity:
     model: Annotated[
         Positional[Path], arg(metavar="RUN", help="a run folder of ddpm, iddpm, edm, or an interpolant from noise")
     ]
-    num: Annotated[int, arg(aliases=["-n"], help="held-out items that Jacobians are taken at")] = 64
+    num: Annotated[int | None, arg(aliases=["-n"], help="held-out items that Jacobians are taken at; 64")] = None
     ratios: Annotated[
         str | None, arg(help="noise-to-signal ratios sigma / alpha, with commas; seven from 0.05 to 10 if not given")
     ] = None
     probes: Annotated[
-        int | None, arg(help="of Hutchinson's estimate; exact up to 64 values an item, 16 beyond, if not given")
+        str | None, arg(help="of Hutchinson's estimate, or exact; exact up to 64 values, 16 beyond, if not given")
     ] = None
     steps: Annotated[int, arg(help="of teaching each of the two networks; 0 leaves them out")] = 1000
     out: Annotated[Path | None, arg(help="folder to write to; RUN/conservativity if not given")] = None
@@ -50,7 +50,7 @@ class Conservativity:
 
     def run(self) -> Result:
         """Measure, write, answer."""
-        for name, least in (("num", 1), ("probes", 1), ("threads", 1), ("steps", 0)):
+        for name, least in (("num", 1), ("threads", 1), ("steps", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name}: {value} is not valid: must be at least {least}")
@@ -77,7 +77,7 @@ class Conservativity:
                 dataset,
                 n=self.num,
                 ratios=ratios,
-                probes=self.probes,
+                probes=probes_of(self.probes),
                 steps=self.steps,
                 seed=self.seed,
                 on_step=on_step,

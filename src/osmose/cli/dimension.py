@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -36,8 +36,8 @@ class Dimension:
         Path | None,
         arg(metavar="FILE", help="points to ask about: an .npz, a .csv or an image; real items if not given"),
     ] = None
-    num: Annotated[int, arg(aliases=["-n"], help="real items, chosen at random")] = 64
-    part: Annotated[str, arg(help="where they come from: held-out or train")] = "held-out"
+    num: Annotated[int | None, arg(aliases=["-n"], help="real items, chosen at random; 64 if not given")] = None
+    part: Annotated[str | None, arg(help="where they come from: held-out or train; held-out if not given")] = None
     label: Annotated[int | None, arg(help="class of the points of --at, of a conditional run")] = None
     ratios: Annotated[
         str | None,
@@ -47,11 +47,11 @@ class Dimension:
         str | None,
         arg(
             help="with commas: flipd, normal-bundle, rank, flow, lidl, kde, lpca, mle; all but lidl, lpca and mle if "
-            "not given, without rank and flow beyond 64 values an item"
+            "not given, and flipd and kde alone beyond 64 values an item"
         ),
     ] = None
     probes: Annotated[
-        int | None, arg(help="of Hutchinson's traces; exact up to 64 values an item, 32 beyond, if not given")
+        str | None, arg(help="of Hutchinson's traces, or exact; exact up to 64 values, 32 beyond, if not given")
     ] = None
     out: Annotated[Path | None, arg(help="folder to write to; RUN/dimension if not given")] = None
     data_root: Annotated[Path | None, arg(help="where the data lie, if not where the run found them")] = None
@@ -63,7 +63,7 @@ class Dimension:
 
     def run(self) -> Result:
         """Estimate, write, answer."""
-        for name in ("num", "probes", "threads"):
+        for name in ("num", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name}: {value} is not valid: must be at least 1")
@@ -86,6 +86,9 @@ class Dimension:
         if self.at is not None:
             from osmose.data.arrays import load_items
 
+            for name in ("num", "part"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"--{name}: is for real items; with --at all points of the file are taken")
             points = load_items(self.at, model.spec)
             labels = None if self.label is None else model.classes_for(len(points), self.label)
         elif self.label is not None:
@@ -98,18 +101,19 @@ class Dimension:
                 dataset,
                 points=points,
                 labels=labels,
-                part=self.part,
+                part=self.part or "held-out",
                 n=self.num,
                 ratios=ratios,
                 estimators=None if self.estimators is None else self.estimators.split(","),
-                probes=self.probes,
+                probes=probes_of(self.probes),
                 seed=self.seed,
                 on_step=on_step,
             )
         paths = write_dimension(result, out, model.spec)
         lines = [self._table(result), *_reading(result), "wrote " + ", ".join(map(str, paths))]
+        about = {} if self.at is None else {"at": str(self.at)}
         return Result(
-            {"run": str(self.model), **result.to_json(), "wrote": [str(path) for path in paths]},
+            {"run": str(self.model), **about, **result.to_json(), "wrote": [str(path) for path in paths]},
             lines,
             f"osmose analyze conservativity {self.model}",
         )
@@ -123,7 +127,7 @@ class Dimension:
             table.add_column(f"{ratio:.2g}", justify="right")
         for name, found in result.estimates.items():
             means = found.values.mean(0).tolist()
-            means = means if len(means) > 1 else means + [math.nan] * (len(result.ratios) - 1)
+            means = means if found.by_ratio else means + [math.nan] * (len(result.ratios) - 1)
             table.add_row(name, *("" if math.isnan(mean) else f"{mean:.2f}" for mean in means))
         return table
 
@@ -138,6 +142,19 @@ def numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"--ratios: {text!r} is not valid: should be numbers with commas, as 0.02,0.05,0.1") from None
+
+
+def probes_of(text: str | None) -> int | Literal["exact"] | None:
+    """What --probes says.
+
+    Raises:
+        UserError: neither a whole number nor exact.
+    """
+    if text is None or text == "exact":
+        return text  # type: ignore[return-value]
+    if not (text.isascii() and text.removeprefix("-").isdecimal()):
+        raise UserError(f"--probes: {text!r} is not valid: should be a whole number, or exact")
+    return int(text)
 
 
 def _reading(result: Found) -> list[str]:

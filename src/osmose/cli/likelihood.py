@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from osmose.cli.command import Result, quiet_warnings
+from osmose.cli.dimension import probes_of
 from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
 
@@ -41,7 +42,7 @@ class Likelihood:
     ] = None
     no_clip: Annotated[bool, arg(help="leave the denoised estimate as it is, outside the data's range too")] = False
     probes: Annotated[
-        int | None, arg(help="of the ODE's traces; exact up to 64 values an item, 4 beyond, if not given")
+        str | None, arg(help="of the ODE's traces, or exact; exact up to 64 values an item, 4 beyond, if not given")
     ] = None
     tolerance: Annotated[
         float | None,
@@ -94,13 +95,16 @@ class Likelihood:
                 root = None if self.data_root is None else str(self.data_root)
                 read = run.config.data.replace(source=self.against, **({} if root is None else {"root": root}))
                 other = in_units_of(read.load(), model.spec)
+                items = len(other.part(self.part)[0]) if self.part in ("train", "held-out") else 0
+                if self.num is not None and items and self.num > items:
+                    raise UserError(f"--num: {self.num} is more than the {items} {self.part} items of {self.against}")
         scored = self._by_ode if self.by == "ode" else self._by_method
         result, paths, lines = scored(model, dataset, out)
         values = result.to_json()
         if other is not None:
             assert self.against is not None
             beside, _, _ = scored(model, other, None)
-            outliers = Outliers(result.per_item, beside.per_item, self.against)
+            outliers = Outliers(result.per_item, beside.per_item, self.against, self.part)
             paths += write_outliers(outliers, out)
             values["outliers"] = outliers.to_json()
             lines.append(outliers.reading())
@@ -120,7 +124,7 @@ class Likelihood:
                 dataset,
                 part=self.part,
                 n=self.num,
-                probes=self.probes,
+                probes=probes_of(self.probes),
                 tolerance=TOLERANCE if self.tolerance is None else self.tolerance,
                 seed=self.seed,
                 batch_size=self.batch_size,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from osmose.errors import UserError
 
 Field = Callable[[Tensor], Tensor]
 
+#: Values of an event up to which traces and Jacobians are exact when nothing is said.
+EXACT = 64
 #: Values of an event up to which a whole Jacobian is computed: one backward pass for each, and D x D numbers an item.
 MOST = 1024
 
@@ -42,6 +45,27 @@ def signs_like(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return (2 * drawn - 1).to(x)
 
 
+def probes_for(asked: int | Literal["exact"] | None, dimension: int, usual: int) -> int | None:
+    """How many of Hutchinson's probes to take; None for exact traces and whole Jacobians.
+
+    Args:
+        asked: a number, "exact", or None: exact up to `EXACT` values an item, and `usual` beyond.
+        dimension: values in an item.
+        usual: probes.
+
+    Raises:
+        UserError: no probes, or an item that is too large to be exact; the message says the limit and what to use.
+    """
+    if asked == "exact":
+        require_exact(dimension)
+        return None
+    if asked is None:
+        return None if dimension <= EXACT else usual
+    if asked < 1:
+        raise UserError(f"probes: {asked} is not valid: must be at least 1, or exact")
+    return asked
+
+
 def require_exact(dimension: int) -> None:
     """Refuse a Jacobian that is too large to be computed.
 
@@ -50,8 +74,8 @@ def require_exact(dimension: int) -> None:
     """
     if dimension > MOST:
         raise UserError(
-            f"exact: a Jacobian of {dimension} x {dimension} is too large (at most {MOST} values an item); use "
-            "Hutchinson's estimate, with --probes"
+            f"probes: exact needs a Jacobian of {dimension} x {dimension}, and at most {MOST} values an item are "
+            "affordable; take Hutchinson's estimate, --probes 32"
         )
 
 
@@ -121,6 +145,8 @@ def products(field: Field, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         try:
             (pulled,) = torch.autograd.grad(value, x, u, create_graph=True)
             (pushed,) = torch.autograd.grad(pulled, u, v, retain_graph=True)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"network: cannot be differentiated twice ({reason})") from None

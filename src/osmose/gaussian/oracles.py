@@ -16,6 +16,9 @@ from osmose.gaussian.denoiser import Denoiser
 from osmose.gaussian.parametrization import column
 from osmose.gaussian.schedule import Level
 
+#: Largest d of `bessel_ratio`.
+_MOST_RATIO = 60
+
 
 class GaussianDenoiser:
     """E[x0 | x_t] for x0 ~ N(mean, covariance) over flat events of dimension D.
@@ -32,8 +35,9 @@ class GaussianDenoiser:
 
     def __call__(self, x_t: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:  # noqa: ARG002
         alpha, sigma = column(level.alpha, x_t), column(level.sigma, x_t)
-        gain = alpha * self.variances / (alpha**2 * self.variances + sigma**2)
-        return self.mean + ((x_t - alpha * self.mean) @ self.axes * gain) @ self.axes.T
+        mean, variances, axes = (_like(value, x_t) for value in (self.mean, self.variances, self.axes))
+        gain = alpha * variances / (alpha**2 * variances + sigma**2)
+        return mean + ((x_t - alpha * mean) @ axes * gain) @ axes.T
 
     def flow(self, x_t: Tensor, t: Level, s: Level) -> Tensor:
         """Where the probability-flow ODE carries x_t (B, D) from level t to level s."""
@@ -211,8 +215,13 @@ def bessel_ratio(kappa: Tensor, dimension: int) -> Tensor:
     """I_{d/2}(kappa) / I_{d/2 - 1}(kappa), shape of kappa >= 0: the mean along its axis of a von Mises-Fisher law.
 
     By Gauss's continued fraction where kappa is small, and by the recurrence A_{d+2} = 1 / A_d - d / kappa from the
-    circle's or the sphere's where it is large, each where it is stable (to 1e-12 up to d = 60).
+    circle's or the sphere's where it is large, each where it is stable.
+
+    Raises:
+        ValueError: d beyond 60, up to which it is right to 1e-10.
     """
+    if not 2 <= dimension <= _MOST_RATIO:
+        raise ValueError(f"a Bessel ratio of d = {dimension} is not computed here: from 2 to {_MOST_RATIO}")
     limit = 20.0 + dimension  # the more terms, the larger the kappa that the fraction is good for
     small = kappa.clamp(max=limit)
     fraction = torch.zeros_like(small)

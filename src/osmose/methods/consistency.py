@@ -335,7 +335,7 @@ class Tangent(Consistency):
     @property
     def not_compiled(self) -> str | None:
         if self.config.jvp == "finite-diff":
-            return None
+            return super().not_compiled
         return "torch does not compile what is differentiated in forward mode; use jvp=finite-diff, or false"
 
     @property

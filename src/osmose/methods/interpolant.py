@@ -95,6 +95,10 @@ class Interpolant(Between):
                 f"interpolant: the noise of {path.kind} is not all that is between its ends: there is no score of data "
                 "under noise; paths from noise, as one-sided-linear, have one"
             )
+        if self.config.coupling == "ot":
+            raise UserError(
+                "interpolant: coupling=ot pairs noise with data, and what is learned then is no score of the data"
+            )
         early, late = path.at(cap), path.at(1 - cap)
 
         def estimate(y: Tensor, ratios: Tensor, condition: Tensor | None) -> Tensor:

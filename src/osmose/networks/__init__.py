@@ -33,7 +33,7 @@ NETWORKS = Registry(
         ),
         "conservative": (
             "osmose.networks.conservative:ConservativeConfig",
-            "the gradient of an energy that another network computes: a symmetric Jacobian at twice the cost",
+            "the gradient of an energy that another network computes: a symmetric Jacobian at more than twice the cost",
         ),
         "quantized": (
             "osmose.networks.quantized:QuantizedConfig",

@@ -34,8 +34,8 @@ class ConservativeConfig(NetworkConfig):
     def build(self, event_shape: tuple[int, ...], *, num_classes: int | None = None, num_outputs: int = 1) -> nn.Module:
         if num_outputs != 1:
             raise UserError(
-                "network: conservative gives the gradient of one energy, and a learned variance is a second output; "
-                "use variance=fixed_small"
+                "network: conservative gives the gradient of one energy, and a learned variance, or a second field, is "
+                "another output; use variance=fixed_small, or learn one field"
             )
         network = self.inner(event_shape).build(event_shape, num_classes=num_classes)
         if calibrations(network):

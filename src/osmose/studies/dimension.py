@@ -238,7 +238,7 @@ def rows_of(found: Found) -> list[Row]:
     """A row for each estimator and ratio: mean, and where the truth is known it and the mean error."""
     rows = []
     for name, estimates in found.estimates.items():
-        labels = [f"{ratio:g}" for ratio in found.ratios.tolist()] if estimates.values.shape[1] > 1 else [""]
+        labels = [f"{ratio:g}" for ratio in found.ratios.tolist()] if estimates.by_ratio else [""]
         for label, column in zip(labels, estimates.values.T, strict=True):
             values = {"mean": float(column.mean())}
             if found.truth is not None:
@@ -254,9 +254,14 @@ def bytes_of(image: Tensor) -> bytes:
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation; ties keep their order."""
-    ranks = torch.stack([values.argsort().argsort().double() for values in (a, b)])
-    return float(torch.corrcoef(ranks)[0, 1])
+    """Rank correlation; of equal values each has the mean of their ranks. 0 where all are equal."""
+
+    def ranks(values: Tensor) -> Tensor:
+        below, equal = values[:, None] > values, values[:, None] == values
+        return below.sum(1).double() + equal.sum(1).double() / 2
+
+    both = torch.stack([ranks(a), ranks(b)])
+    return float(torch.corrcoef(both)[0, 1]) if float(both.std(1).min()) else 0.0
 
 
 def exact_rows(n: int, seed: int) -> list[Row]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from osmose.analysis.flow_likelihood import FlowLikelihood, flow_likelihood
-from osmose.analysis.likelihood import chosen_rows, likelihood
+from osmose.analysis.likelihood import likelihood
 from osmose.analysis.outliers import Outliers, in_units_of
 from osmose.data.dataset import DataConfig, Dataset
 from osmose.data.laws import FAMILIES
@@ -17,7 +17,7 @@ from osmose.gaussian.derivatives import signs_like
 from osmose.gaussian.oracles import GaussianDenoiser
 from osmose.gaussian.schedule import LinearSchedule, VarianceExploding
 from osmose.gaussian.score import score_field
-from osmose.studies.measures import bits_of_gaussians
+from osmose.studies.measures import exact_bits
 from osmose.studies.plots import panels
 from osmose.studies.study import Cell, Claim, Results, Row, Study, Trained
 from osmose.studies.verdicts import Finding, lower, mean_and_spread, same
@@ -72,7 +72,7 @@ class LikelihoodStudy(Study):
         cells.append(Cell("digits", "ddpm", "digits", unet, settings, "the bound and the ODE"))
         if not self.quick:
             for own, other in PAIRS:
-                asked = {"n": 100, "probes": 1, "against": other, "tolerance": 1e-2}
+                asked = {"n": 100, "probes": 2, "against": other}
                 cells.append(Cell(own, "edm", DataConfig(source=own, **_SMALL), unet, asked, f"against {other}"))
         return cells
 
@@ -85,7 +85,7 @@ class LikelihoodStudy(Study):
         if own.error is not None:
             values["told"] = own.error
         if name in _POINTS:
-            values["excess"] = own.bits - _exact_bits(name, trained.dataset, settings["n"], trained.seed)
+            values["excess"] = own.bits - exact_bits(trained.dataset, settings["n"], trained.seed)
         if name == "digits":
             bound = likelihood(
                 trained.model, trained.dataset, n=settings["n"], num_steps=settings["steps"], seed=trained.seed
@@ -97,7 +97,7 @@ class LikelihoodStudy(Study):
             other = self._flow(trained, in_units_of(read.load(), trained.dataset.spec))
             values |= {
                 "other_bits": other.bits,
-                "auroc": Outliers(own.per_item, other.per_item, settings["against"]).auroc,
+                "auroc": Outliers(own.per_item, other.per_item, settings["against"], "held-out").auroc,
             }
         return [Row({}, values)]
 
@@ -108,7 +108,6 @@ class LikelihoodStudy(Study):
             dataset,
             n=settings["n"],
             probes=settings.get("probes"),
-            tolerance=settings.get("tolerance", 1e-3),
             seed=trained.seed,
         )
 
@@ -204,16 +203,6 @@ class LikelihoodStudy(Study):
         data.set(title="bits per dimension", xticks=range(len(names)), ylabel="lower is better")
         data.set_xticklabels(names, fontsize=7)
         return {"likelihood": figure}
-
-
-def _exact_bits(name: str, dataset: Dataset, n: int, seed: int) -> float:
-    """-log2 of the law's own density per dimension, at the held-out points that the model is scored at."""
-    points = dataset.held_out[chosen_rows(dataset, "held-out", n, seed, 1)].double()
-    if name == "mixture":
-        return float(bits_of_gaussians(points).mean())
-    law = FAMILIES["gaussian"].law(dataset.spec.dimension)
-    exact = torch.distributions.MultivariateNormal(torch.from_numpy(law.mean), torch.from_numpy(law.covariance))
-    return float(-exact.log_prob(points).mean()) / (dataset.spec.dimension * math.log(2))
 
 
 def exact_rows(n: int, seed: int) -> list[Row]:

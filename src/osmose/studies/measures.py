@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from osmose.analysis.gradients import GradientNoise, gradient_noise
-from osmose.analysis.likelihood import likelihood
+from osmose.analysis.likelihood import chosen_rows, likelihood
 from osmose.data.dataset import DataConfig, Dataset
-from osmose.data.toy import EIGHT_CENTRES, EIGHT_DEVIATION
+from osmose.data.laws import Gaussian, Mixture
+from osmose.data.toy import law_of
 from osmose.methods.base import GenerativeModel
 from osmose.methods.times import LossAwareSampler
 from osmose.studies.study import Trained
@@ -41,12 +41,25 @@ def csv_table(name: str, header: Sequence[str], rows: Sequence[Sequence[float]])
     return path
 
 
-def bits_of_gaussians(points: Tensor) -> Tensor:
-    """-log2 of the density of the 8 Gaussians per dimension, float64 (n,), of points in data units (n, 2)."""
-    centres = torch.from_numpy(EIGHT_CENTRES)
-    near = -torch.cdist(points.double(), centres).square() / (2 * EIGHT_DEVIATION**2)
-    log_p = near.logsumexp(1) - math.log(len(centres) * 2 * math.pi * EIGHT_DEVIATION**2)
-    return -log_p / (2 * math.log(2))
+def exact_bits(dataset: Dataset, n: int, seed: int) -> float:
+    """-log2 of a toy law's own density per dimension, at the held-out points that `analysis.likelihood` chooses.
+
+    Raises:
+        LookupError: a law whose density is not written here.
+    """
+    points = dataset.held_out[chosen_rows(dataset, "held-out", n, seed, 1)].double()
+    law = law_of(dataset.source.removeprefix("toy:"))
+    if isinstance(law, Mixture):
+        centres, deviation = torch.from_numpy(law.centres), law.deviation
+        near = -torch.cdist(points, centres).square() / (2 * deviation**2)
+        size = len(centres) * (2 * math.pi * deviation**2) ** (law.dimension / 2)
+        log_p = near.logsumexp(1) - math.log(size)
+    elif isinstance(law, Gaussian):
+        mean, covariance = torch.from_numpy(law.mean), torch.from_numpy(law.covariance)
+        log_p = torch.distributions.MultivariateNormal(mean, covariance).log_prob(points)
+    else:
+        raise LookupError(f"{dataset.source}: its density is not written here")
+    return -float(log_p.mean()) / (law.dimension * math.log(2))
 
 
 def bound(
