@@ -109,7 +109,7 @@ def test_a_gauge_field_moves_pointwise_estimates_by_a_known_amount_and_leaves_th
 
 
 def test_the_flow_is_followed_between_any_ratios():
-    for ratios in ([0.02, 0.05, 0.1, 0.2], [0.1], [0.15], [0.3], [0.1, 0.25]):
+    for ratios in ([0.05, 0.1, 0.2], [0.15], [0.3]):
         found = ask("flow", SphereDenoiser(FRAME), POINTS[:1], ratios=torch.tensor(ratios, dtype=torch.float64)).values
         assert found.tolist() == [[2.0] * len(ratios)]
     ends = ask("flow", SphereDenoiser(FRAME), POINTS[:1], ratios=torch.tensor([0.1, 80.0], dtype=torch.float64)).values

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from osmose.studies.page import MARK, table
+from osmose.studies.page import MARK, finished, table
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,12 +36,11 @@ def test_a_page_of_all_claims(osmose, tmp_path):
 
 
 def test_the_committed_page_is_what_the_command_writes():
-    from osmose.studies.page import finished
-
     text = (ROOT / "studies" / "README.md").read_text()
     assert MARK in text
     assert text[text.index(MARK) :] == table(finished(ROOT / "studies"))
 
 
-def test_a_folder_without_studies_is_refused(refused, tmp_path):
+def test_a_folder_without_studies_is_refused(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert refused("verdicts", tmp_path).startswith(f"{tmp_path}: holds no finished study (NAME/results.json in full")
