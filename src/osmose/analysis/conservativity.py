@@ -109,7 +109,7 @@ class Conservativity:
                 f"a gradient leaves {self.remainder[worst]:.2g} of the field's square at sigma / alpha = "
                 f"{self.ratios[worst]:.2g}, a free network {self.floor[worst]:.2g}: "
                 + (
-                    "all of it may be error of fitting"
+                    "all of it may be error of fitting, of which --steps leaves less"
                     if self.remainder[worst] <= 2 * self.floor[worst]
                     else "the field has a part that is no gradient, which changes no sample where it is a gauge field"
                 )
@@ -368,8 +368,8 @@ def write_conservativity(result: Conservativity, folder: Path) -> list[Path]:
         lines = [("a gradient leaves", result.remainder), ("a free network leaves", result.floor)]
         panels.append(("share of the score's square", lines))
     if result.error is not None:
-        lines = [("off the exact score", result.error), ("of that in the gradient part", result.harmful)]
-        panels.append(("share of the exact score's square", [*lines, ("gauge condition's residual", result.condition)]))
+        lines = [("score: off, share of the exact square", result.error), ("its gradient part: off", result.harmful)]
+        panels.append(("against the exact score", [*lines, ("residual of the gauge condition", result.condition)]))
     for panel, (title, lines) in zip(axes, panels, strict=True):
         for label, values in lines:
             if values is not None:

@@ -66,7 +66,7 @@ def in_units_of(dataset: Dataset, spec: DataSpec) -> Dataset:
     if own.shape != spec.shape or own.kind != spec.kind:
         raise UserError(
             f"against: {dataset.source} has {own.kind} {own.shape}, and the run {spec.kind} {spec.shape}; other data "
-            "are read with the run's own --size and --downsample"
+            "are read with the run's own --size and --downsample; train with those that make both alike"
         )
     if own.levels != spec.levels:
         raise UserError(

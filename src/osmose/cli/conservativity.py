@@ -96,20 +96,18 @@ class Conservativity:
         table = Table(title=f"conservativity of {self.model}, {result.conditions['n']} points, {how}")
         shown = {
             "sigma / alpha": result.ratios,
-            "|J - J'|^2": result.antisymmetric,
-            "|J|^2": result.size,
             "A": result.asymmetry,
             "A of denoiser": result.denoiser,
-            "a gradient leaves": result.remainder,
-            "a free net leaves": result.floor,
-            "residual / chance": result.residual,
+            "gradient leaves": result.remainder,
+            "free net leaves": result.floor,
+            "residual": result.residual,
             "off exact": result.error,
             "gradient off": result.harmful,
-            "gauge residual": result.condition,
+            "gauge": result.condition,
         }
         columns = {name: values for name, values in shown.items() if values is not None}
         for name in columns:
             table.add_column(name, justify="right")
         for row in zip(*columns.values(), strict=True):
-            table.add_row(*(f"{value:.3g}" for value in row))
+            table.add_row(*(f"{value:.2g}" for value in row))
         return table

@@ -128,6 +128,7 @@ class Dimension:
         for name, found in result.estimates.items():
             means = found.values.mean(0).tolist()
             means = means if found.by_ratio else means + [math.nan] * (len(result.ratios) - 1)
+            name = name if found.by_ratio else f"{name} (at no scale)"
             table.add_row(name, *("" if math.isnan(mean) else f"{mean:.2f}" for mean in means))
         return table
 
@@ -163,7 +164,7 @@ def _reading(result: Found) -> list[str]:
     for name, plateau in result.plateaus.items():
         if plateau is not None:
             where = f"sigma / alpha from {plateau.low:.2g} to {plateau.high:.2g}"
-            full = ", all there are" if result.fills(plateau) else ""
+            full = ", next to all there are" if result.fills(plateau) else ""
             lines.append(f"  {name}: settles at {plateau.value:.2f}{full}, for {where}")
     if result.truth is not None:
         low, high = int(result.truth.min()), int(result.truth.max())

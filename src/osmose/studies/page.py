@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,21 @@ def counts(results: list[dict[str, Any]]) -> dict[str, int]:
     return {verdict: verdicts.count(verdict) for verdict in _ORDER}
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """The page's lines: for each study what was published, its command, and a row for each claim."""
+def table(results: list[dict[str, Any]], where: str = ".") -> str:
+    """The page's lines: for each study what was published, its command, and a row for each claim.
+
+    Args:
+        results: see `finished`.
+        where: the way from the page to the folder of the studies.
+    """
+    root = "" if where == "." else f"{where}/"
     total = counts(results)
     said = ", ".join(f"{number} {verdict}" for verdict, number in total.items())
     lines = [MARK, "", f"## All verdicts: {said}", ""]
     for values in results:
         own = counts([values])
         lines += [
-            f"### [{values['study']}]({values['study']}): {values['title']}",
+            f"### [{values['study']}]({root}{values['study']}): {values['title']}",
             "",
             f"Theirs: {values['source']}.",
             "",
@@ -71,5 +78,7 @@ def write_page(folder: Path, page: Path) -> list[dict[str, Any]]:
     results = finished(folder)
     text = page.read_text() if page.is_file() else ""
     above = text.partition(MARK)[0].rstrip()
-    files.write_bytes(page, (f"{above}\n\n" if above else "").encode() + table(results).encode())
+    files.write_bytes(
+        page, (f"{above}\n\n" if above else "").encode() + table(results, os.path.relpath(folder, page.parent)).encode()
+    )
     return results
