@@ -132,5 +132,5 @@ def test_refused(planar):
         conservativity(model, dataset, steps=-1)
     with pytest.raises(UserError, match="ratios: the split is learned between the smallest and the largest: give 2"):
         conservativity(model, dataset, ratios=[0.1])
-    with pytest.raises(UserError, match="ratios: none given"):
+    with pytest.raises(UserError, match="ratios: none is not valid"):
         conservativity(model, dataset, ratios=[])

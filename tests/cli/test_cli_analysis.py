@@ -139,7 +139,7 @@ def student(tmp_path_factory, made):
             ["toy", "--ratios", "0.1;0.2"],
             "--ratios: '0.1;0.2' is not valid: should be numbers",
         ),
-        ("dimension", ["toy", "--ratios", "0"], "ratios: [0.0] is not valid: should be one or more numbers above 0"),
+        ("dimension", ["toy", "--ratios", "0"], "ratios: 0 is not valid: should be one or more numbers above 0"),
         (
             "dimension",
             ["toy", "--ratios", "1e9"],

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -319,11 +318,9 @@ def write_sweep(result: Sweep, pair: Pair, folder: Path) -> list[Path]:
     for axes in (by_rate, by_time):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
     paths = [folder / "surrogate.json", folder / "surrogate.png"]
     files.write_json(paths[0], result.to_json())
-    files.write_bytes(paths[1], buffer.getvalue())
+    files.write_figure(paths[1], figure)
     spec = pair.model.spec
     if spec.kind == "image" and has_picture(spec):
         paths.append(folder / "beside.png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -47,6 +46,4 @@ def write_losses(path: Path, lines: Sequence[Mapping[str, Any]], counts: Sequenc
         profile.legend(fontsize=7, title="steps", title_fontsize=7)
     for axes in (curve, profile):
         axes.grid(alpha=0.25, linewidth=0.6)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    files.write_bytes(path, buffer.getvalue())
+    files.write_figure(path, figure)

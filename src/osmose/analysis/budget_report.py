@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from osmose.analysis.budget import Budget, TrainingMemory
 from osmose.training import files
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def write_budgets(budgets: Sequence[Budget], folder: Path) -> list[Path]:
@@ -17,11 +20,11 @@ def write_budgets(budgets: Sequence[Budget], folder: Path) -> list[Path]:
     files.write_json(paths[0], {"runs": [budget.to_json() for budget in budgets]})
     if len(budgets) > 1:
         paths.append(folder / "cost.png")
-        files.write_bytes(paths[1], _picture(budgets))
+        files.write_figure(paths[1], _picture(budgets))
     return paths
 
 
-def _picture(budgets: Sequence[Budget]) -> bytes:
+def _picture(budgets: Sequence[Budget]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -76,6 +79,4 @@ def _picture(budgets: Sequence[Budget]) -> bytes:
             axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.1), ncols=len(shown), frameon=False)
         axes.set_yticks(range(len(budgets)), [budget.conditions["run"] for budget in budgets])
         axes.set_ylim(len(budgets) - 0.5, -0.5)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return figure

@@ -18,7 +18,6 @@ a pure gauge field, of the order of 1 of any other.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,15 +153,8 @@ def conservativity(
     for name, value, least in (("n", n, 1), ("steps", steps, 0)):
         if value is not None and value < least:
             raise UserError(f"{name}: {value} is not valid: must be at least {least}")
-    if ratios is None:
-        low, high = max(field.lowest, _QUIET), min(field.highest, _LOUD)
-        chosen = torch.logspace(math.log10(low), math.log10(high), _COUNT, dtype=torch.float64).tolist()
-    else:
-        chosen = sorted(set(ratios))
-        for ratio in chosen:
-            field.require(ratio)
-    if not chosen:
-        raise UserError("ratios: none given; should be one or more")
+    found = field.ratios(_COUNT, _QUIET, _LOUD) if ratios is None else field.known(ratios)
+    chosen = found.tolist()
     if steps and len(chosen) < 2:
         raise UserError("ratios: the split is learned between the smallest and the largest: give 2, or --steps 0")
     counted = probes_for(probes, model.spec.dimension, PROBES)
@@ -377,9 +369,7 @@ def write_conservativity(result: Conservativity, folder: Path) -> list[Path]:
         panel.set(xscale="log", yscale="log", xlabel="sigma / alpha", title=title)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
     paths = [folder / "conservativity.json", folder / "conservativity.png"]
     files.write_json(paths[0], result.to_json())
-    files.write_bytes(paths[1], buffer.getvalue())
+    files.write_figure(paths[1], figure)
     return paths

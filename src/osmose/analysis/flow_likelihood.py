@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from osmose.analysis.likelihood import chosen_rows
+from osmose.analysis.likelihood import Bits, chosen_rows
 from osmose.data.dataset import Dataset
 from osmose.gaussian.density import log_density
 from osmose.gaussian.derivatives import probes_for
@@ -27,7 +26,7 @@ TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class FlowLikelihood:
+class FlowLikelihood(Bits):
     """-log2 p per dimension of n items, in the data's units.
 
     Attributes:
@@ -40,22 +39,11 @@ class FlowLikelihood:
         conditions: part, n, tolerance, probes, lowest, seed: what the numbers hold for.
     """
 
-    per_item: Tensor
     solver_error: Tensor
     probe_error: Tensor
     evaluations: Tensor
     is_density: bool
     conditions: dict[str, Any]
-
-    @property
-    def bits(self) -> float:
-        """Bits per dimension."""
-        return float(self.per_item.mean())
-
-    @property
-    def standard_error(self) -> float:
-        """Of `bits` over the choice of items."""
-        return float(self.per_item.std() / math.sqrt(len(self.per_item)))
 
     @property
     def error(self) -> float | None:
@@ -173,9 +161,7 @@ def write_flow_likelihood(result: FlowLikelihood, folder: Path) -> list[Path]:
     right.set(xlabel="network evaluations of an item", ylabel="bits per dimension")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
     paths = [folder / "likelihood.json", folder / "likelihood.png"]
     files.write_json(paths[0], result.to_json())
-    files.write_bytes(paths[1], buffer.getvalue())
+    files.write_figure(paths[1], figure)
     return paths

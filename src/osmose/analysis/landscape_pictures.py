@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,11 +56,9 @@ def write_landscapes(result: Landscapes, folder: Path) -> list[Path]:
     )
     for direction, axes in enumerate(lines.subplots(2, 1) if alone else lines.subplots(1, 2)):
         _cut(axes, direction, runs, levels)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
     paths = [folder / "landscape.json", folder / "landscape.png"]
     files.write_json(paths[0], result.to_json())
-    files.write_bytes(paths[1], buffer.getvalue())
+    files.write_figure(paths[1], figure)
     return paths
 
 

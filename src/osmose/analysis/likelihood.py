@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,28 @@ from osmose.training import files
 
 
 @dataclass(frozen=True)
-class Likelihood:
+class Bits:
+    """Bits per dimension of n items.
+
+    Attributes:
+        per_item: float64 (n,).
+    """
+
+    per_item: Tensor
+
+    @property
+    def bits(self) -> float:
+        """Their mean."""
+        return float(self.per_item.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Of `bits` over the choice of items."""
+        return float(self.per_item.std() / math.sqrt(len(self.per_item)))
+
+
+@dataclass(frozen=True)
+class Likelihood(Bits):
     """The bound of n items in bits per dimension: an upper limit of the negative log-likelihood, or a density's -log.
 
     Attributes:
@@ -36,7 +56,6 @@ class Likelihood:
         conditions: part, n, num_steps, variance, clip, seed: what the numbers hold for.
     """
 
-    per_item: Tensor
     prior: float
     terms: Tensor
     t: Tensor
@@ -45,16 +64,6 @@ class Likelihood:
     is_density: bool
     is_exact: bool
     conditions: dict[str, Any]
-
-    @property
-    def bits(self) -> float:
-        """L, bits per dimension."""
-        return float(self.per_item.mean())
-
-    @property
-    def standard_error(self) -> float:
-        """Of `bits` over the choice of items."""
-        return float(self.per_item.std() / math.sqrt(len(self.per_item)))
 
     @property
     def rate(self) -> Tensor:
@@ -201,9 +210,7 @@ def write_likelihood(result: Likelihood, folder: Path) -> list[Path]:
         right.set_title("progressive decoding")
     for axes in (left, *others):
         axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
     paths = [folder / "likelihood.json", folder / "likelihood.png"]
     files.write_json(paths[0], result.to_json())
-    files.write_bytes(paths[1], buffer.getvalue())
+    files.write_figure(paths[1], figure)
     return paths

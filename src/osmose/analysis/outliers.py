@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,9 +91,7 @@ def write_outliers(result: Outliers, folder: Path) -> list[Path]:
     axes.set(xlabel="bits per dimension", ylabel="density of items", title=f"AUROC {result.auroc:.3f}")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
     paths = [folder / "outliers.json", folder / "outliers.png"]
     files.write_json(paths[0], result.to_json())
-    files.write_bytes(paths[1], buffer.getvalue())
+    files.write_figure(paths[1], figure)
     return paths

@@ -19,7 +19,6 @@ dF/dt = (dV/dt) / sd is the rate of the network as the paper has it, which train
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -332,9 +331,7 @@ def write_tangents(result: Tangents, folder: Path) -> list[Path]:
         ratios = axes.secondary_xaxis("top")
         ratios.set_xticks(_MARKS, marks)
         ratios.set_xlabel("sigma / alpha")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
     paths = [folder / "tangents.json", folder / "tangents.png"]
     files.write_json(paths[0], result.to_json())
-    files.write_bytes(paths[1], buffer.getvalue())
+    files.write_figure(paths[1], figure)
     return paths

@@ -99,7 +99,7 @@ class Backtest:
         assert form is not None
         name = f"{cases[0].history.name} (window 1 of {len(cases)})".strip()
         chart = fan_chart([(name, made.first)], form, [where], [cases[0].future])
-        files.write_bytes(folder / "backtest.png", chart)
+        files.write_figure(folder / "backtest.png", chart)
         table = Table(
             title=f"{len(cases)} windows of {horizon} times, {self.samples} paths of {made.first.nfe} evaluations"
         )

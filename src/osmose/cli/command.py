@@ -185,3 +185,15 @@ def whole_numbers(flag: str, text: str, example: str) -> list[int]:
         return [int(word) for word in text.split(",")]
     except ValueError:
         raise UserError(f"{flag}: {text!r} is not valid: should be whole numbers, as {example}") from None
+
+
+def output_folder(out: Path | None, usual: Path) -> Path:
+    """Where a command writes several files: what --out says, or what is usual.
+
+    Raises:
+        UserError: there is a file of that name.
+    """
+    folder = out or usual
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out: {folder} is a file; name a folder")
+    return folder

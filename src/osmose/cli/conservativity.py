@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from osmose.cli.command import Result, quiet_warnings
-from osmose.cli.dimension import numbers, probes_of
+from osmose.cli.command import Result, output_folder, quiet_warnings
+from osmose.cli.fields import numbers, probes_of
 from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
 
@@ -65,9 +65,7 @@ class Conservativity:
         run = Run.open(self.model)
         run.require_real("its network has no derivative")
         model = run.model(device(self.device))
-        out = self.out or run.folder / "conservativity"
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out: {out} is a file; name a folder")
+        out = output_folder(self.out, run.folder / "conservativity")
         ratios = None if self.ratios is None else numbers(self.ratios)
         with quiet_warnings():
             dataset = data_of(run, self.data_root)

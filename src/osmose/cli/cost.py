@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from osmose.cli.command import Result
+from osmose.cli.command import Result, output_folder
 from osmose.configuration import ConfigError
 from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
@@ -55,9 +55,7 @@ class Cost:
         if self.threads:
             torch.set_num_threads(self.threads)
         runs = [Run.open(folder) for folder in self.runs]
-        out = self.out or runs[0].folder / "cost"
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out: {out} is a file; name a folder")
+        out = output_folder(self.out, runs[0].folder / "cost")
         where = device(self.device)
         for run in runs:  # what is wrong with the last one is said before the first is measured
             run.require_real("has no training whose cost could be told")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from osmose.cli.command import Result, quiet_warnings
+from osmose.cli.command import Result, output_folder, quiet_warnings
+from osmose.cli.fields import numbers, probes_of
 from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
 
@@ -69,7 +70,8 @@ class Dimension:
                 raise UserError(f"--{name}: {value} is not valid: must be at least 1")
         import torch
 
-        from osmose.analysis.dimension_report import dimension, write_dimension
+        from osmose.analysis.dimension_pictures import write_dimension
+        from osmose.analysis.dimension_report import dimension
         from osmose.cli.devices import device
         from osmose.training.run import Run, data_of
 
@@ -78,9 +80,7 @@ class Dimension:
         run = Run.open(self.model)
         run.require_real("its network has no derivative")
         model = run.model(device(self.device))
-        out = self.out or run.folder / "dimension"
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out: {out} is a file; name a folder")
+        out = output_folder(self.out, run.folder / "dimension")
         ratios = None if self.ratios is None else numbers(self.ratios)
         points, labels = None, None
         if self.at is not None:
@@ -131,31 +131,6 @@ class Dimension:
             name = name if found.by_ratio else f"{name} (at no scale)"
             table.add_row(name, *("" if math.isnan(mean) else f"{mean:.2f}" for mean in means))
         return table
-
-
-def numbers(text: str) -> list[float]:
-    """What --ratios says.
-
-    Raises:
-        UserError: something that is no list of numbers.
-    """
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--ratios: {text!r} is not valid: should be numbers with commas, as 0.02,0.05,0.1") from None
-
-
-def probes_of(text: str | None) -> int | Literal["exact"] | None:
-    """What --probes says.
-
-    Raises:
-        UserError: neither a whole number nor exact.
-    """
-    if text is None or text == "exact":
-        return text  # type: ignore[return-value]
-    if not (text.isascii() and text.removeprefix("-").isdecimal()):
-        raise UserError(f"--probes: {text!r} is not valid: should be a whole number, or exact")
-    return int(text)
 
 
 def _reading(result: Found) -> list[str]:

@@ -105,7 +105,7 @@ class Forecast:
                 drawn.append(where)
         write_table(self.out, *quantile_rows(found, form, levels, drawn))
         chart = self.out.with_suffix(".png")
-        files.write_bytes(chart, fan_chart(found, form, drawn))
+        files.write_figure(chart, fan_chart(found, form, drawn))
         wrote = [self.out, chart]
         if self.paths is not None:
             wrote.append(self.paths)

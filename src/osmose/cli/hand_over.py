@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, Suppress, arg
 
-from osmose.cli.command import Result, quiet_warnings
+from osmose.cli.command import Result, output_folder, quiet_warnings
 from osmose.cli.surrogate import opened, positive, real_data, time_of
 from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
@@ -59,10 +59,9 @@ class HandOver:
             torch.set_num_threads(self.threads)
         pair = opened(self.model, self.partner, self.overrides, self.steps, self.solver)
         times = [time_of(text, pair) for text in self.t_mid.split(",") if text] if self.t_mid else None
-        out = self.out or self.model / "surrogate" / Path(pair.model.config.generator.origin).stem
+        usual = self.model / "surrogate" / Path(pair.model.config.generator.origin).stem
+        out = output_folder(self.out, usual)
         n = min(500, pair.model.most or 500) if self.num is None else self.num
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out: {out} is a file; name a folder")
         pair.model.to(device(self.device))
         data, names = real_data(pair, self.data_root), self.metrics.split(",") if self.metrics else None
         with quiet_warnings(), sampling_bar(f"entering {self.model}", not (self.quiet or self.json)) as on_step:

@@ -91,7 +91,7 @@ class Impute:
         drawn = [filled.values.isnan() for _, filled in found]
         write_filled(self.out, self.file, table, dict(found))
         write_table(quantiles, *quantile_rows(found, form, levels, drawn))
-        files.write_bytes(chart, fan_chart(found, form, drawn))
+        files.write_figure(chart, fan_chart(found, form, drawn))
         count = sum(int(where.sum()) for where in drawn)
         values = {"out": str(self.out), "quantiles": str(quantiles), "chart": str(chart), "filled": count}
         first = f"wrote {self.out}, {quantiles}, {chart}: {count} values filled, {self.samples} samples of each"

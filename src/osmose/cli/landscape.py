@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from osmose.cli.command import Result, quiet_warnings
+from osmose.cli.command import Result, output_folder, quiet_warnings
 from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
 
@@ -72,9 +72,7 @@ class Landscape:
         if self.threads:
             torch.set_num_threads(self.threads)
         runs = [Run.open(folder) for folder in self.runs]
-        out = self.out or runs[0].folder / "landscape"
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out: {out} is a file; name a folder")
+        out = output_folder(self.out, runs[0].folder / "landscape")
         where = device(self.device)
         data: dict[str, Dataset] = {}
         with quiet_warnings():

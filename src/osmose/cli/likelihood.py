@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from osmose.cli.command import Result, quiet_warnings
-from osmose.cli.dimension import probes_of
+from osmose.cli.command import Result, output_folder, quiet_warnings
+from osmose.cli.fields import probes_of
 from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
 
@@ -83,9 +83,7 @@ class Likelihood:
         if self.by == "ode":
             run.require_real("its network has no derivative")
         model = run.model(device(self.device))
-        out = self.out or run.folder / "likelihood"
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out: {out} is a file; name a folder")
+        out = output_folder(self.out, run.folder / "likelihood")
         other = None
         with quiet_warnings():
             dataset = data_of(run, self.data_root)

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from osmose.data.dataset import SeriesForm
 from osmose.data.timetables import UNITS, Series, SeriesTable, format_time, read_table, with_values
 from osmose.errors import UserError
 from osmose.training import files
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Levels of quantiles that are written unless others are asked for.
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -147,8 +150,8 @@ def write_filled(path: Path, source: Path, table: SeriesTable, filled: dict[str,
 
 def fan_chart(
     filled: Sequence[tuple[str, Filled]], form: SeriesForm, drawn: Sequence[Tensor], truth: Sequence[Series] = ()
-) -> bytes:
-    """A PNG of what is known and what was drawn: medians, and bands of 50 and 90 %, a panel for each column.
+) -> Figure:
+    """What is known and what was drawn: medians, and bands of 50 and 90 %, a panel for each column.
 
     Args:
         filled: name and samples of each series; the first three are shown.
@@ -197,9 +200,7 @@ def fan_chart(
             if form.unit:
                 axes.tick_params(axis="x", rotation=20)
     panels[0].legend(fontsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return figure
 
 
 def _axis(times: np.ndarray, unit: str) -> np.ndarray:

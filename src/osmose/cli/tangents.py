@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from osmose.cli.command import Result, quiet_warnings
+from osmose.cli.command import Result, output_folder, quiet_warnings
 from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
 
@@ -64,9 +64,7 @@ class Tangents:
             torch.set_num_threads(self.threads)
         run = Run.open(self.model)
         teacher = None if self.teacher is None else Run.open(self.teacher)
-        out = self.out or run.folder / "tangents"
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out: {out} is a file; name a folder")
+        out = output_folder(self.out, run.folder / "tangents")
         where = device(self.device)
         with quiet_warnings():
             dataset = data_of(run, self.data_root)

@@ -13,7 +13,8 @@ so that what is said of one run can be compared with another's, and the closed f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -83,10 +84,23 @@ class ScoreField:
                 f"{self.lowest:.3g} to {self.highest:.3g}"
             )
 
-    def ratios(self, count: int) -> Tensor:
-        """So many ratios from the lowest to the highest, evenly in their logarithm, float64."""
-        ends = torch.tensor([self.lowest, self.highest], dtype=torch.float64).log()
-        return torch.linspace(float(ends[0]), float(ends[1]), count, dtype=torch.float64).exp()
+    def ratios(self, count: int, low: float = 0.0, high: float = math.inf) -> Tensor:
+        """So many ratios, rising evenly in their logarithm, from `low` to `high` as far as the field knows them."""
+        ends = math.log(max(self.lowest, low)), math.log(min(self.highest, high))
+        return torch.linspace(*ends, count, dtype=torch.float64).exp()
+
+    def known(self, ratios: Sequence[float]) -> Tensor:
+        """Some ratios, float64, rising, each once.
+
+        Raises:
+            UserError: none, or one that is no positive number or that the field was not made for.
+        """
+        if not ratios or not all(0 < ratio < math.inf for ratio in ratios):
+            said = ", ".join(f"{ratio:g}" for ratio in ratios) or "none"
+            raise UserError(f"ratios: {said} is not valid: should be one or more numbers above 0")
+        for ratio in ratios:
+            self.require(ratio)
+        return torch.tensor(sorted(set(ratios)), dtype=torch.float64)
 
 
 def score_field(denoiser: Denoiser, schedule: Schedule) -> ScoreField:

@@ -7,13 +7,16 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from osmose.errors import UserError
 from osmose.metrics.evaluation import Evaluation, headline
 from osmose.metrics.score import Score
 from osmose.training import files
 from osmose.training.run import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Columns of every comparison; the metrics follow.
 _COLUMNS = (
@@ -119,7 +122,7 @@ def write_comparison(rows: Sequence[Row], folder: Path) -> list[Path]:
     paths = [folder / "comparison.md", folder / "comparison.csv", folder / "pareto.png"]
     files.write_bytes(paths[0], (title + "\n".join(lines) + "\n" + note).encode())
     files.write_bytes(paths[1], text.getvalue().encode())
-    files.write_bytes(paths[2], _pareto(rows, metric))
+    files.write_figure(paths[2], _pareto(rows, metric))
     return paths
 
 
@@ -137,7 +140,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def _pareto(rows: Sequence[Row], metric: str) -> bytes:
+def _pareto(rows: Sequence[Row], metric: str) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
@@ -173,6 +176,4 @@ def _pareto(rows: Sequence[Row], metric: str) -> bytes:
     if min(p[1] for p in points) > 0:
         axes.set_yscale("log")
     axes.legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return figure

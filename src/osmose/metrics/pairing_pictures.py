@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +11,9 @@ from osmose.data.dataset import DataSpec
 from osmose.data.pictures import has_picture, image_grid
 from osmose.metrics.pairing import Result, name_of
 from osmose.training import files
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Panels of points side by side.
 _PANELS = 5
@@ -27,8 +29,8 @@ def write_pictures(result: Result, spec: DataSpec) -> list[Path]:
     if has_picture(spec):
         draw = _images if spec.kind == "image" else _points
         pictures[f"against-{name_of(result.full.run)}.png"] = draw(result, spec)
-    for name, content in pictures.items():
-        files.write_bytes(folder / name, content)
+    for name, figure in pictures.items():
+        files.write_figure(folder / name, figure)
     return [folder / name for name in pictures]
 
 
@@ -40,13 +42,7 @@ def _labels(result: Result) -> list[str]:
     return [f"{name_of(result.full.run)},\n{_steps(result.full.steps)}", *(_steps(row.steps) for row in result.rows)]
 
 
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def _images(result: Result, spec: DataSpec) -> bytes:
+def _images(result: Result, spec: DataSpec) -> Figure:
     from matplotlib.figure import Figure
 
     rows, labels = [result.full, *result.rows], _labels(result)
@@ -62,10 +58,10 @@ def _images(result: Result, spec: DataSpec) -> bytes:
     for index, label in enumerate(labels):
         place = 1 - (index + 0.5) / len(labels)
         figure.text((margin - 10) / width, place, label, ha="right", va="center", fontsize=10)
-    return _png(figure)
+    return figure
 
 
-def _points(result: Result, spec: DataSpec) -> bytes:  # noqa: ARG001
+def _points(result: Result, spec: DataSpec) -> Figure:  # noqa: ARG001
     from matplotlib.figure import Figure
 
     rows, colours = [result.full, *result.rows], result.full.shown[:, 0]
@@ -79,10 +75,10 @@ def _points(result: Result, spec: DataSpec) -> bytes:  # noqa: ARG001
         axes.set_aspect("equal", adjustable="box")
     for axes in panels[len(rows) :]:
         axes.set_axis_off()
-    return _png(figure)
+    return figure
 
 
-def _curve(result: Result) -> bytes:
+def _curve(result: Result) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, NullFormatter, NullLocator
 
@@ -121,4 +117,4 @@ def _curve(result: Result) -> bytes:
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return _png(figure)
+    return figure

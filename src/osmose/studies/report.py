@@ -71,8 +71,7 @@ def write_report(
     pictures = study.figures(results)
     for stem, figure in pictures.items():
         paths.append(folder / f"{stem}.png")
-        with files.replacing(paths[-1]) as temporary:
-            figure.savefig(temporary, format="png")
+        files.write_figure(paths[-1], figure)
     files.write_bytes(paths[1], _markdown(study, values, study.tables(results), list(pictures)).encode())
     files.write_json(paths[0], values)
     return values, paths
