@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from osmose.acceleration import trajectories
+from osmose.acceleration import trajectory_making
 from osmose.acceleration.distill import distill
 from osmose.acceleration.teaching import Teaching, denoiser_of, prepared
-from osmose.acceleration.trajectories import Trajectories, TrajectoriesConfig, make
+from osmose.acceleration.trajectories import Trajectories, TrajectoriesConfig
+from osmose.acceleration.trajectory_making import make
 from osmose.configuration import Entry
 from osmose.data.dataset import DataConfig
 from osmose.errors import UserError
@@ -317,7 +318,7 @@ def test_killed_before_anything_was_saved(teachers, tmp_path, monkeypatch):
 def test_killed_while_trajectories_were_made(teachers, tmp_path, monkeypatch):
     more = {"trajectories.shard_size": 6}
     whole = taught(teachers / "v", tmp_path / "whole", "dsno", **more)
-    states, calls = trajectories.states, []
+    states, calls = trajectory_making.states, []
 
     def killed(*given, **options):
         calls.append(1)
@@ -326,7 +327,7 @@ def test_killed_while_trajectories_were_made(teachers, tmp_path, monkeypatch):
         return states(*given, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trajectories, "states", killed)
+        patch.setattr(trajectory_making, "states", killed)
         with pytest.raises(SystemExit):
             taught(teachers / "v", tmp_path / "parts", "dsno", **more)
     assert len(list((tmp_path / "parts" / "trajectories").glob("shard-*.json"))) == 2

@@ -16,14 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from osmose.acceleration.trajectories import (
-    Trajectories,
-    TrajectoriesConfig,
-    _own_device,
-    make,
-    recorded,
-    states,
-)
+from osmose.acceleration.trajectories import Trajectories, TrajectoriesConfig, recorded
+from osmose.acceleration.trajectory_making import _own_device, make, states
 from osmose.acceleration.trajectory_pictures import write_picture
 from osmose.configuration import ConfigError
 from osmose.data.dataset import DataConfig
@@ -393,7 +387,8 @@ def test_a_batch_is_the_most_that_a_signal_waits_for(teachers, tmp_path):
 def test_processes_share_the_shards(teachers, tmp_path, whole, monkeypatch):
     program = (
         "import sys, torch\n"
-        "from osmose.acceleration.trajectories import TrajectoriesConfig, make\n"
+        "from osmose.acceleration.trajectories import TrajectoriesConfig\n"
+        "from osmose.acceleration.trajectory_making import make\n"
         "torch.set_num_threads(1)\n"
         "calls = []\n"
         "config = TrajectoriesConfig.parse(__import__('json').loads(sys.argv[3]))\n"
@@ -531,7 +526,7 @@ def test_states_that_are_no_numbers_are_not_written(teachers, tmp_path, monkeypa
             found[1, 3:, 0] = math.inf
         return found
 
-    monkeypatch.setattr("osmose.acceleration.trajectories.states", broken)
+    monkeypatch.setattr("osmose.acceleration.trajectory_making.states", broken)
     message = (
         r"shard-00002\.npy: not written, .* not finite after step 15 of 16 \(t = 0\.0625\), in trajectories 8 to 9"
     )
@@ -554,7 +549,8 @@ def test_a_teacher_that_overflows_is_noticed(teachers, tmp_path):
 def test_a_full_disk_is_one_line(teachers, tmp_path):
     program = (
         "import resource, signal, sys, json\n"
-        "from osmose.acceleration.trajectories import TrajectoriesConfig, make\n"
+        "from osmose.acceleration.trajectories import TrajectoriesConfig\n"
+        "from osmose.acceleration.trajectory_making import make\n"
         "from osmose.errors import UserError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"

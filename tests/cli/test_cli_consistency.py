@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from osmose.acceleration.distill import distill
-from osmose.acceleration.trajectories import TrajectoriesConfig, make
+from osmose.acceleration.trajectories import TrajectoriesConfig
+from osmose.acceleration.trajectory_making import make
 from osmose.data.dataset import DataConfig
 from osmose.training.recipes import recipe
 from osmose.training.run import Run, load

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from osmose.acceleration import trajectories as module
+from osmose.acceleration import trajectory_making as module
 from osmose.acceleration.trajectories import Trajectories
 from osmose.training.run import Run
 

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from osmose.acceleration.trajectories import Trajectories, TrajectoriesConfig, levels_of, make
+from osmose.acceleration.trajectories import Trajectories, TrajectoriesConfig
+from osmose.acceleration.trajectory_making import levels_of, make
 from osmose.configuration import override
 from osmose.data.dataset import Dataset
 from osmose.errors import UserError, nearest

@@ -52,7 +52,8 @@ class Trajectories:
             raise UserError(f"--threads: {self.threads} is not valid: must be at least 1")
         import torch
 
-        from osmose.acceleration.trajectories import TrajectoriesConfig, make, recorded
+        from osmose.acceleration.trajectories import TrajectoriesConfig, recorded
+        from osmose.acceleration.trajectory_making import make
         from osmose.acceleration.trajectory_pictures import write_picture
         from osmose.cli.devices import device
         from osmose.data.pictures import has_picture
