@@ -25,8 +25,11 @@ from osmose.methods.messages import OnStep
 from osmose.networks import NETWORKS
 from osmose.networks.conservative import ConservativeConfig
 from osmose.networks.presets import network_for
+from osmose.training.ema import EMA
 
-_LR, _WARMUP, _DECAY = 2e-3, 0.05, 10
+_LR, _WARMUP = 2e-3, 0.05
+#: Weights are averaged over about the last tenth of the steps.
+_RECENT = 10
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def _teach(
     generator = seeded(seed, "helmholtz")
     parameters = list(student.parameters())
     optimizer = torch.optim.Adam(parameters, lr=_LR)
-    average = [value.detach().clone() for value in parameters]
+    average = EMA(student, max(0.0, 1 - _RECENT / steps))
     low, high = (math.log(ratio) for ratio in ratios)
     student.train()
     with torch.inference_mode(False), torch.enable_grad():
@@ -124,11 +127,7 @@ def _teach(
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            with torch.no_grad():  # an average over the last tenth
-                for mean, value in zip(average, parameters, strict=True):
-                    mean.lerp_(value, max(_DECAY / steps, 1 / (step + 1)))
+            average.update()
             report(step + 1)
-    with torch.no_grad():
-        for mean, value in zip(average, parameters, strict=True):
-            value.copy_(mean)
+    student.load_state_dict(average.state_dict())
     student.eval().requires_grad_(False)

@@ -197,3 +197,15 @@ def output_folder(out: Path | None, usual: Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: {folder} is a file; name a folder")
     return folder
+
+
+def at_least(command: object, least: int, *names: str) -> None:
+    """Refuse options of a command that are given and below a number.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    for name in names:
+        value = getattr(command, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')}: {value} is not valid: must be at least {least}")

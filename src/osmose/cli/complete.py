@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, Suppress, arg
 
-from osmose.cli.command import Result, keep_inputs, quiet_warnings, sampling_options
+from osmose.cli.command import Result, at_least, keep_inputs, quiet_warnings, sampling_options
 from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
 
@@ -62,8 +62,7 @@ class Complete:
         if suffix not in (*_PICTURES, ".npz", ".txt"):
             raise UserError(f"--out: {self.out} is not valid: should end in .npz, .txt, {', '.join(_PICTURES)}")
         keep_inputs([self.out], self.file)
-        if self.samples < 1:
-            raise UserError(f"--samples: {self.samples} is not valid: must be at least 1")
+        at_least(self, 1, "samples")
         if self.keep is not None and not 0 <= self.keep < 1:
             raise UserError(f"--keep: {self.keep} is not valid: must be at least 0 and below 1")
         model = Run.open(self.model).model(device(self.device))

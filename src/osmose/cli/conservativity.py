@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from osmose.cli.command import Result, output_folder, quiet_warnings
+from osmose.cli.command import Result, at_least, output_folder, quiet_warnings
 from osmose.cli.fields import numbers, probes_of
-from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
 
 if TYPE_CHECKING:
@@ -50,10 +49,8 @@ class Conservativity:
 
     def run(self) -> Result:
         """Measure, write, answer."""
-        for name, least in (("num", 1), ("threads", 1), ("steps", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name}: {value} is not valid: must be at least {least}")
+        at_least(self, 1, "num", "threads")
+        at_least(self, 0, "steps")
         import torch
 
         from osmose.analysis.conservativity import conservativity, write_conservativity

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from osmose.cli.command import Result, output_folder
+from osmose.cli.command import Result, at_least, output_folder
 from osmose.configuration import ConfigError
 from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
@@ -40,10 +40,7 @@ class Cost:
         """Measure, write, answer."""
         if not self.runs:
             raise UserError("RUN: give at least one run folder")
-        for name in ("batch_size", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')}: {value} is not valid: must be at least 1")
+        at_least(self, 1, "batch_size", "threads")
         import torch
         from rich.table import Table
 

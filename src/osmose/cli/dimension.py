@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from osmose.cli.command import Result, output_folder, quiet_warnings
+from osmose.cli.command import Result, at_least, output_folder, quiet_warnings
 from osmose.cli.fields import numbers, probes_of
 from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
@@ -64,10 +64,7 @@ class Dimension:
 
     def run(self) -> Result:
         """Estimate, write, answer."""
-        for name in ("num", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name}: {value} is not valid: must be at least 1")
+        at_least(self, 1, "num", "threads")
         import torch
 
         from osmose.analysis.dimension_pictures import write_dimension

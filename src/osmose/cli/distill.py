@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tyro.conf import Positional, Suppress, arg
 
-from osmose.cli.command import Result, quiet_warnings
+from osmose.cli.command import Result, at_least, quiet_warnings
 from osmose.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ class _Distill(ABC):
         """Check everything, then distil."""
         if self.out is None:
             raise UserError("--out: required: the run folder to make")
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"--threads: {self.threads} is not valid: must be at least 1")
+        at_least(self, 1, "threads")
         import torch
 
         from osmose.acceleration.distill import prepared

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, Suppress, arg
 
-from osmose.cli.command import Result, angles, quiet_warnings, sampling_options, whole_numbers
+from osmose.cli.command import Result, angles, at_least, quiet_warnings, sampling_options, whole_numbers
 from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
 
@@ -76,10 +76,7 @@ class Evaluate:
             raise UserError("--against: has no meaning with --samples, whose noise is not known")
         if self.source is not None and self.samples is not None:
             raise UserError("--source: has no meaning with --samples, which are scored by their end alone")
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"--threads: {self.threads} is not valid: must be at least 1")
-        if self.num is not None and self.num < 1:
-            raise UserError(f"--num: {self.num} is not valid: must be at least 1")
+        at_least(self, 1, "threads", "num")
         import torch
 
         from osmose.metrics.features import FeatureNetwork

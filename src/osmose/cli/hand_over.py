@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, Suppress, arg
 
-from osmose.cli.command import Result, output_folder, quiet_warnings
+from osmose.cli.command import Result, at_least, output_folder, quiet_warnings
 from osmose.cli.surrogate import opened, positive, real_data, time_of
-from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
 
 
@@ -45,10 +44,7 @@ class HandOver:
     def run(self) -> Result:
         """Sample, compare, write, answer."""
         positive("threshold", self.threshold)
-        for name in ("num", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name}: {value} is not valid: must be at least 1")
+        at_least(self, 1, "num", "threads")
         import torch
         from rich.table import Table
 

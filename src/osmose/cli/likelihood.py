@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from osmose.cli.command import Result, output_folder, quiet_warnings
+from osmose.cli.command import Result, at_least, output_folder, quiet_warnings
 from osmose.cli.fields import probes_of
 from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
@@ -59,10 +59,7 @@ class Likelihood:
 
     def run(self) -> Result:
         """Score, write, answer."""
-        for name in ("steps", "batch_size", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')}: {value} is not valid: must be at least 1")
+        at_least(self, 1, "steps", "batch_size", "threads")
         if self.by not in ("method", "ode"):
             raise UserError(f"--by: {self.by!r} is not valid: should be method or ode")
         for name in ("steps", "variance") if self.by == "ode" else ("probes", "tolerance"):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from osmose.cli.command import Result, quiet_warnings, whole_numbers
+from osmose.cli.command import Result, at_least, quiet_warnings, whole_numbers
 from osmose.configuration import ConfigError
 from osmose.errors import UserError
 
@@ -62,8 +62,7 @@ class Quantize:
         """Check everything, then quantise."""
         if self.out is None:
             raise UserError("--out: required: the run folder to make")
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"--threads: {self.threads} is not valid: must be at least 1")
+        at_least(self, 1, "threads")
         import torch
 
         from osmose.acceleration.quantization import Quantization

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from osmose.cli.command import Result, output_folder, quiet_warnings
-from osmose.errors import UserError
+from osmose.cli.command import Result, at_least, output_folder, quiet_warnings
 from osmose.training.progress import sampling_bar
 
 if TYPE_CHECKING:
@@ -49,10 +48,7 @@ class Tangents:
 
     def run(self) -> Result:
         """Measure, write, answer."""
-        for name in ("num", "bins", "batch_size", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')}: {value} is not valid: must be at least 1")
+        at_least(self, 1, "num", "bins", "batch_size", "threads")
         import torch
         from rich.table import Table
 

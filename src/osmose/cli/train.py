@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, Suppress, arg
 
-from osmose.cli.command import Result, quiet_warnings
+from osmose.cli.command import Result, at_least, quiet_warnings
 from osmose.configuration import ConfigError, override, value_at
 from osmose.data import SOURCES
 from osmose.errors import UserError
@@ -110,8 +110,7 @@ class Train:
         """Check everything, then train."""
         if self.out is None:
             raise UserError("--out: required: the run folder to make")
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"--threads: {self.threads} is not valid: must be at least 1")
+        at_least(self, 1, "threads")
         with quiet_warnings():
             return self._resume(self.out) if self.resume else self._start(self.out)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, Suppress, arg
 
-from osmose.cli.command import Result, quiet_warnings, sampling_options
+from osmose.cli.command import Result, at_least, quiet_warnings, sampling_options
 from osmose.errors import UserError
 from osmose.training.progress import sampling_bar
 
@@ -48,8 +48,7 @@ class Trajectories:
         """Check everything, then make what is missing."""
         if self.out is None:
             raise UserError("--out: required: the folder to make")
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"--threads: {self.threads} is not valid: must be at least 1")
+        at_least(self, 1, "threads")
         import torch
 
         from osmose.acceleration.trajectories import TrajectoriesConfig, recorded
