@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from osmose.studies.page import MARK, finished, table
+from osmose.studies.verdict_page import MARK, finished, table
 
 ROOT = Path(__file__).parents[2]
 

@@ -25,7 +25,7 @@ class Verdicts:
 
     def run(self) -> Result:
         """Collect, write, answer."""
-        from osmose.studies.page import counts, write_page
+        from osmose.studies.verdict_page import counts, write_page
 
         page = self.out or self.folder / "README.md"
         results = write_page(self.folder, page)
