@@ -1,7 +1,8 @@
-"""What tests share: one thread, and runs of the digits with weights of chance."""
+"""What tests share: one thread, figures as they stand, and runs of the digits with weights of chance."""
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from osmose.data.dataset import DataConfig
 from osmose.training.recipes import recipe
@@ -9,6 +10,18 @@ from osmose.training.run import Run
 from osmose.training.trainer import built
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _figures_as_they_stand(monkeypatch):
+    """Arranging a figure takes longer than drawing it, and is for eyes to judge."""
+    save = Figure.savefig
+
+    def plain(self, *args, **kwargs):
+        self.set_layout_engine("none")
+        return save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", plain)
 
 
 @pytest.fixture(scope="session")

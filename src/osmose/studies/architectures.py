@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from osmose.analysis.cost import macs_of, num_parameters
 from osmose.data.dataset import DataSpec
@@ -241,11 +242,15 @@ def _full_size(rounds: int, items: int) -> list[Row]:
     return rows
 
 
+def _loss(model: GenerativeModel, items: int) -> Tensor:
+    """The loss of some images of chance."""
+    x0 = torch.rand(items, *model.spec.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return model.train().loss(Batch(x0), StepDraws(0, 0, 0, items, items)).per_item.mean()
+
+
 def _learn(model: GenerativeModel, items: int) -> None:
     """A training step without the optimiser's."""
-    x0 = torch.rand(items, *model.spec.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    model.train()
-    model.loss(Batch(x0), StepDraws(0, 0, 0, items, items)).per_item.mean().backward()
+    _loss(model, items).backward()
     model.zero_grad()
 
 
@@ -261,5 +266,5 @@ def _kept(model: GenerativeModel, items: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        _learn(model, items)
+        _loss(model, items)
     return sum(kept.values())

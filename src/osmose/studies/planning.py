@@ -88,7 +88,7 @@ def tasks_of(
         if cell.method is not None:
             try:
                 if not cell.starts_from:
-                    config = _config(cell, data, dataset, seeds[0])
+                    config = _config(cell, data, dataset, seeds[0], study.quick)
             except UserError as error:  # what a configuration calls method.network is network in a cell's changes
                 raise UserError(f"cell {cell.name}: {str(error).removeprefix('method.')}") from None
         sha256 = dataset.identity.sha256
@@ -100,7 +100,7 @@ def tasks_of(
                 if config is not None:
                     own = config.replace(**{"whole.seed" if isinstance(config, BlocksPlan) else "seed": seed})
                 if cell.starts_from:
-                    own = _from_run(cell, uses[0], dataset, seed)
+                    own = _from_run(cell, uses[0], dataset, seed, study.quick)
                 found[seed] = Task(name, study.quick, cell, seed, data, sha256, own, folder, device, here, uses)
         return found
 
@@ -108,7 +108,7 @@ def tasks_of(
     return sorted(tasks, key=lambda task: seeds.index(task.seed))
 
 
-def _from_run(cell: Cell, teacher: Task, dataset: Dataset, seed: int) -> Plan | RunConfig:
+def _from_run(cell: Cell, teacher: Task, dataset: Dataset, seed: int, quick: bool) -> Plan | RunConfig:
     """What a cell makes of another one's run, as in `_config`; the hash of that is put in when it begins."""
     assert cell.method is not None
     assert teacher.config is not None, "cells that use others are checked to use runs"
@@ -116,7 +116,7 @@ def _from_run(cell: Cell, teacher: Task, dataset: Dataset, seed: int) -> Plan | 
     if isinstance(known, BlocksPlan):
         known = known.merged()
     said: dict[str, Any] = {f"training.{name}": _NEVER for name in ("validate_every", "preview_every")}
-    said |= {"training.precision": "fp32", "training.preview_samples": 1, "training.keep_checkpoints": 1}
+    said |= {"training.precision": "fp32", "training.preview_samples": _previews(quick), "training.keep_checkpoints": 1}
     said |= {"seed": seed, **cell.changes}
     parent = Parent(folder=teacher.run_folder.name, sha256="")
     try:
@@ -127,13 +127,18 @@ def _from_run(cell: Cell, teacher: Task, dataset: Dataset, seed: int) -> Plan | 
         raise UserError(f"cell {cell.name}: {error}") from None
 
 
-def _config(cell: Cell, data: DataConfig, dataset: Dataset, seed: int) -> RunConfig | BlocksPlan:
+def _previews(quick: bool) -> int:
+    """Samples at the end of a training, for people; drawing them would take the quick form longer than training."""
+    return 0 if quick else 1
+
+
+def _config(cell: Cell, data: DataConfig, dataset: Dataset, seed: int, quick: bool) -> RunConfig | BlocksPlan:
     """The recipe with the cell's changes, in float32 on every machine; what serves people is left to the end."""
     assert cell.method is not None
     if cell.method == "blocks":
         of_plan = {name.removeprefix("blocks."): v for name, v in cell.changes.items() if name.startswith("blocks.")}
         others = {name: value for name, value in cell.changes.items() if not name.startswith("blocks.")}
-        whole = _config(replace(cell, method="edm", changes=others), data, dataset, seed)
+        whole = _config(replace(cell, method="edm", changes=others), data, dataset, seed, quick)
         planned = BlocksPlan.parse(of_plan | {"whole": whole.to_json()})
         for block in range(planned.count):
             checked(planned.member(block))
@@ -143,7 +148,7 @@ def _config(cell: Cell, data: DataConfig, dataset: Dataset, seed: int) -> RunCon
     quiet = {
         "training.validate_every": steps,
         "training.preview_every": steps,
-        "training.preview_samples": 1,
+        "training.preview_samples": _previews(quick),
         "training.checkpoint_every": -(-steps // 4),
         "training.keep_checkpoints": 1,
         "training.precision": "fp32",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from osmose.acceleration.precision import deviation, drawn, labels_of, search, switched
 from osmose.acceleration.quantization import quantize
@@ -163,27 +165,26 @@ class QuantizeStudy(Study):
             return speeds(settings["network"], trained.seed)
         if trained.cell.method is not None:
             run = trained.run
-            values = scored(trained, trained.model, trained.model)
+            values = scored(trained, trained.model, run)
             return [Row({}, values | {"bytes": run.weights.stat().st_size})]
         source = trained.of(trained.cell.uses[0])
         root = None if trained.data is None or trained.data.root is None else Path(trained.data.root)
-        exact = source.model()
         with tempfile.TemporaryDirectory() as folder:
             options = dict(settings["options"])
             if options.get("to") != "bf16":
                 options.setdefault("items", settings.get("items", 64))
             if name == "openvino":
-                return self._openvino(trained, exact, Path(folder))
+                return self._openvino(trained, source, Path(folder))
             made = quantize(
                 source, Path(folder) / "run", root=root, progress=False, with_graphs=False, seed=trained.seed, **options
             )
             if name == "steps":
-                return self._steps(trained, exact, made)
-            values = scored(trained, made.model(), exact)
+                return self._steps(trained, source, made)
+            values = scored(trained, made.model(), source)
             return [Row({}, values | {"bytes": made.weights.stat().st_size})]
 
-    def _steps(self, trained: Trained, exact: GenerativeModel, made: Run) -> list[Row]:
-        low = bare_networks(made.model())
+    def _steps(self, trained: Trained, source: Run, made: Run) -> list[Row]:
+        exact, low = source.model(), bare_networks(made.model())
         labels = labels_of(exact)
         # Other noise than that which is scored.
         told: dict[str, Any] = {"items": trained.cell.settings.get("items", 32), "seed": mix(trained.seed, "search")}
@@ -192,11 +193,11 @@ class QuantizeStudy(Study):
         worst = sorted(found.groups, key=lambda group: -group.deviation)
         four = [label for group in worst[:4] for label in group.labels]
         sets = dict(zip(PLACES, ([], labels[:4], labels[-4:], labels[:2] + labels[-2:], four, half.high), strict=True))
-        rows, right = [], trained.of(trained.cell.uses[0]).model()
+        rows = []
         with switched(exact, low) as (switch,):
             for place, high in sets.items():
                 switch.high_labels = frozenset(high)
-                rows.append(Row({"fp32": place}, scored(trained, exact, right) | {"steps": len(high)}))
+                rows.append(Row({"fp32": place}, scored(trained, exact, source) | {"steps": len(high)}))
         alone = [group.deviation for group in found.groups]
         quarter = max(1, len(alone) // 4)
         rows.append(
@@ -212,9 +213,8 @@ class QuantizeStudy(Study):
         )
         return rows
 
-    def _openvino(self, trained: Trained, exact: GenerativeModel, folder: Path) -> list[Row]:
+    def _openvino(self, trained: Trained, source: Run, folder: Path) -> list[Row]:
         """Whole samples in each runtime, in turns."""
-        source = trained.of(trained.cell.uses[0])
         said: dict[str, Any] = {"seed": trained.seed, "progress": False}
         models = {
             "torch fp32": source.model(),
@@ -225,7 +225,7 @@ class QuantizeStudy(Study):
             ),
         }
         ms = sample_milliseconds(models, 64, trained.seed)
-        return [Row({"runtime": name}, scored(trained, models[name], exact) | {"ms": ms[name]}) for name in SAMPLED]
+        return [Row({"runtime": name}, scored(trained, models[name], source) | {"ms": ms[name]}) for name in SAMPLED]
 
     def claims(self) -> list[Claim]:
         def sized(text: str, name: str, low: float, high: float) -> Claim:
@@ -344,12 +344,18 @@ class QuantizeStudy(Study):
         return {"quantize": figure}
 
 
-def scored(trained: Trained, model: GenerativeModel, exact: GenerativeModel) -> dict[str, float]:
-    """Score of a model's samples, that of real data, and how far they are from another model's of the same noise."""
+@lru_cache(maxsize=2)
+def samples_of(folder: Path, n: int, seed: int) -> Tensor:
+    """What a run draws: many cells are held against it."""
+    return drawn(Run.open(folder).model(), n, seed)
+
+
+def scored(trained: Trained, model: GenerativeModel, source: Run) -> dict[str, float]:
+    """Score of a model's samples, that of real data, and how far they are from those of a run, from the same noise."""
     n = trained.cell.settings["n"]
     samples = drawn(model, n, trained.seed)
     data = trained.dataset.spec.decode(samples)
     (score,) = score_samples(data, trained.dataset, metrics=["fd_clf"], seed=trained.seed)
     assert score.floor is not None
-    away = deviation(samples, drawn(exact, n, trained.seed))
+    away = deviation(samples, samples_of(source.folder, n, trained.seed))
     return {"score": score.value, "score_real": score.floor, "deviation": away}
