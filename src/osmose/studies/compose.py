@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: What is put together: the first, the second, and what they accelerate.
 COMPOSED = {
-    "tract": ("one step (TRACT)", "int8 in OpenVINO", "EDM, Heun, 18 steps, torch"),
+    "tract": ("one step (TRACT)", "int8 in OpenVINO", "EDM, DPM-Solver++, 20 steps, torch"),
     "surrogate": ("VAE before the chain, t_mid = 0.5", "int8 in OpenVINO", "EDM, DPM-Solver++, 20 steps, torch"),
     "blocks": ("three blocks of four layers", "DPM-Solver++, 10 steps", "DiT of 12 layers, DDIM, 50 steps"),
 }
@@ -40,7 +40,7 @@ class Compose(Study):
     of OpenVINO, which is measured alone besides. `score` is fd_clf of 800 samples.
     `factor` is how many times as fast, `lost` what the score is higher by, against neither.
 
-    The run is EDM with the default UNet, 1,500 updates; its student has one phase from 32 steps to one, 1,500 updates;
+    The run is EDM with the default UNet, 1,500 updates; its student has one phase from 32 steps to one, 1,000 updates;
     the VAE has its own recipe. The DiT has 12 layers of 48, whole and in three blocks of four, 800 updates each.
     """
 
@@ -49,19 +49,19 @@ class Compose(Study):
 
     def cells(self) -> list[Cell]:
         training: dict[str, Any] = {"training.steps": 1500}
+        sampling = {"sampling.num_steps": self._chain, "sampling.solver": "dpmpp-2m"}
         dit: dict[str, Any] = {"network": "dit", "network.width": 48, "network.depth": 12}
         dit |= {"training.steps": 800, "training.batch_size": 64}
         vae: dict[str, Any] = {}
-        student: dict[str, Any] = {"schedule": [32, 1], "steps": 1500}
+        student: dict[str, Any] = {"schedule": [32, 1], "steps": 1000}
         settings = {"n": 800, "items": 64}
         if self.quick:
             training = {"training.steps": 4, "training.batch_size": 8, "network.channels": 8}
-            training["sampling.num_steps"] = 4
             dit |= {"network.width": 16, "network.depth": 3, "training.steps": 4, "training.batch_size": 8}
             vae, settings = {"training.steps": 10}, {"n": 80, "items": 4}
             student = {"schedule": [4, 1], "steps": 4, "training.batch_size": 8}
         return [
-            Cell("real", "edm", "digits", training, note="the run"),
+            Cell("real", "edm", "digits", training | sampling, note="the run"),
             Cell("student", "tract", "digits", student, note="one step", uses=("real",)),
             Cell("vae", "vae", "digits", vae, note="rough samples"),
             Cell("whole", "blocks", "digits", dit | {"blocks.count": 1}, note="a DiT, trained from end to end"),
@@ -77,7 +77,7 @@ class Compose(Study):
         one, other = (trained.of(name) for name in trained.cell.uses)
         with tempfile.TemporaryDirectory() as name:
             folder, models = Path(name), {}
-            options: dict[str, Mapping[str, Any]] = {which: {} for which in WHICH}
+            options: dict[str, Mapping[str, Any]] = {}
             if trained.cell.name == "blocks":
                 many, few = (8, 4) if self.quick else (50, 10)
                 slow, fast = {"num_steps": many, "solver": "ddim"}, {"num_steps": few, "solver": "dpmpp-2m"}
@@ -85,9 +85,6 @@ class Compose(Study):
                 models = dict(zip(WHICH, (one.model(), other.model()) * 2, strict=True))
             else:
                 pairs = trained.cell.name == "surrogate"
-                if pairs:
-                    chain = {"num_steps": self._chain, "solver": "dpmpp-2m"}
-                    options = {"neither": chain, "first": {}, "second": chain, "both": {}}
                 whole = {"neither": one, "first": self._paired(one, other, folder / "pair") if pairs else other}
                 models = {which: run.model(runtime="torch") for which, run in whole.items()}
                 items = trained.cell.settings["items"]
@@ -100,12 +97,11 @@ class Compose(Study):
                 runtime: Runtime = "torch" if self.quick else "openvino"
                 models |= {"second": small.model(runtime=runtime), "both": both.model(runtime=runtime)}
                 models["runtime"] = one.model() if self.quick else by_openvino(one, folder / "graphs")
-                options["runtime"] = options["neither"]
             return _rows(trained, models, options)
 
     @property
     def _chain(self) -> int:
-        """Steps of the chain that a surrogate begins in the middle."""
+        """Steps of the run, whose chain a surrogate begins in the middle."""
         return 6 if self.quick else 20
 
     def _paired(self, run: Run, partner: Run, out: Path) -> Run:
@@ -192,7 +188,7 @@ def _rows(
     ms = sample_milliseconds(models, settings["items"], trained.seed, options)
     rows = []
     for which in models:
-        samples = models[which].sample(settings["n"], seed=trained.seed, **options[which])
+        samples = models[which].sample(settings["n"], seed=trained.seed, **options.get(which, {}))
         (score,) = score_samples(samples.data, trained.dataset, metrics=["fd_clf"], seed=trained.seed)
         assert score.floor is not None
         values = {"score": score.value, "score_real": score.floor, "ms": ms[which]}
