@@ -30,7 +30,7 @@ from osmose.training.trainer import built
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LENGTHS = {"gaussians": (500, 2000, 6000), "sphere": (500, 2000, 6000), "digits": (1000,)}
+LENGTHS = {"gaussians": (400, 1600, 4000), "sphere": (400, 1600, 4000), "digits": (1000,)}
 DATA = {"gaussians": "toy:8-gaussians", "sphere": "toy:sphere:2:10", "digits": "digits"}
 _MLP = {"kind": "mlp", "width": 128, "depth": 3}
 _UNET = {"kind": "unet", "channels": 16, "mult": [1, 2], "blocks": 1, "attention": [4]}
@@ -46,7 +46,7 @@ class Gauge(Study):
 
     The same networks, free and conservative (the output is the gradient of an energy), with as many updates; EDM.
     `gaussians`: 8 Gaussians in the plane, whose score is known; `sphere`: a 2-sphere in R^10, whose dimension is known;
-    both a residual MLP of 3 blocks of 128 and 500, 2,000 and 6,000 updates of 256. `digits`: a UNet of 16 channels,
+    both a residual MLP of 3 blocks of 128 and 400, 1,600 and 4,000 updates of 256. `digits`: a UNet of 16 channels,
     1,000 updates of 64.
 
     `bits` by the probability-flow ODE, held-out items; `excess` over the exact density of the same items, bits per
@@ -54,7 +54,7 @@ class Gauge(Study):
     antisymmetric share of the score's Jacobian over sigma = 0.1, 0.3, 1; `off` the largest squared error of the score
     as a share of its square; `flow`, `flipd` and others the errors of these estimates of dimension at sigma = 0.1, of
     digits the estimate itself at 0.2. `seconds` and `bytes` are those of a training step. As many updates take the
-    conservative network 2.5 times as long: `2,000` against `6,000` is about equal time.
+    conservative network 2.5 times as long: `1,600` against `4,000` is about equal time.
 
     `planted` trains nothing: to the exact score of the 8 Gaussians a rotation w A s is added, and samples are drawn by
     the ODE in 200 steps of Heun's rule, in 20 of Euler's, and by the reverse SDE in 2,000. `sw2` to fresh points,
@@ -71,7 +71,7 @@ class Gauge(Study):
         return {"gaussians": (10,), "sphere": (10, 20)} if self.quick else LENGTHS
 
     def cells(self) -> list[Cell]:
-        settings: dict[str, Any] = {"n": 2000, "scored": 2000, "points": 64}
+        settings: dict[str, Any] = {"n": 1000, "scored": 2000, "points": 64}
         inner, batch = _MLP, 256
         if self.quick:
             settings, inner, batch = {"n": 4, "scored": 60, "points": 2}, {**_MLP, "width": 16, "depth": 1}, 32
@@ -207,15 +207,15 @@ class Gauge(Study):
 
     def _at_equal_time(self) -> list[Claim]:
         """A conservative network after a third of the updates, which take as long."""
-        a, b = "gaussians-conservative-2000", "gaussians-free-6000"
+        a, b = "gaussians-conservative-1600", "gaussians-free-4000"
         claims = [
             Claim(
-                "gaussians: in as much time (2,000 updates against 6,000) the free network has fewer bits",
+                "gaussians: in as much time (1,600 updates against 4,000) the free network has fewer bits",
                 [a, b],
                 lambda r: lower(r.values(b, "bits"), r.values(a, "bits")),
             )
         ]
-        a, b = "sphere-conservative-2000", "sphere-free-6000"
+        a, b = "sphere-conservative-1600", "sphere-free-4000"
         for name in ("flow", "flipd"):
             text = f"sphere: in as much time {name} is nearer to the dimension for the conservative network"
             claims.append(Claim.lower(text, a, b, name))
