@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import statistics
 import tempfile
@@ -17,6 +18,7 @@ from osmose.acceleration.quantization import quantize
 from osmose.data.dataset import DataConfig
 from osmose.errors import UserError
 from osmose.networks import graphs
+from osmose.networks.quantized import BF16
 from osmose.studies.study import Results, Row
 from osmose.studies.verdicts import mean_and_spread
 from osmose.training.recipes import recipe
@@ -45,7 +47,8 @@ def speeds(network: dict[str, Any], seed: int) -> list[Row]:
             raise UserError(f"study quantize: needs {name}; install it with: pip install 'osmose[export]'")
     torch.manual_seed(seed)
     digits = DataConfig(source="digits", size=32)
-    config = recipe("edm", digits, digits.load(), seed, network | {"sampling.num_steps": 6})
+    # Of two steps: ranges are measured, and samples compared, by sampling.
+    config = recipe("edm", digits, digits.load(), seed, network | {"sampling.num_steps": 2})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run = Run.create(folder / "run", config)
@@ -55,8 +58,8 @@ def speeds(network: dict[str, Any], seed: int) -> list[Row]:
                 parameter.add_(0.02 * torch.randn_like(parameter))
         run.write_weights(model.state_dict())
         made = quantize(run, folder / "int8", progress=False, items=8, with_graphs=False)
-        half = quantize(run, folder / "bf16", to="bf16", progress=False, with_graphs=False)
-        fp32, int8, bf16 = (bare_networks(other.model())[0] for other in (run, made, half))
+        fp32, int8 = (bare_networks(other.model())[0] for other in (run, made))
+        bf16 = BF16(copy.deepcopy(fp32)).eval()
         return _timed(fp32, int8, bf16, config.spec.shape, folder)
 
 
