@@ -47,7 +47,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 #: What whole samples are drawn by.
 SAMPLED = ("torch fp32", "openvino fp32", "openvino int8", "openvino int8, 2 fp32 steps at each end")
-_FASHION = ("int8", "int8-qat", "six", "six-qat")
+_FASHION = ("int8", "six")
 #: Steps in high precision where four of them are chosen.
 PLACES = ("none", "first 4", "last 4", "2 and 2", "worst 4", "budget")
 
@@ -80,8 +80,6 @@ _TRAINED = (
 _NEARER = (
     ("training with rounded weights brings samples nearer to the run's, at 8 bits", "int8-qat", "int8"),
     ("training with rounded weights brings samples nearer to the run's, at 6 bits", "six-qat", "six"),
-    ("Fashion-MNIST: training brings samples nearer to the run's, at 8 bits", "fashion-int8-qat", "fashion-int8"),
-    ("Fashion-MNIST: training brings samples nearer to the run's, at 6 bits", "fashion-six-qat", "fashion-six"),
 )
 _PLACED = (
     ("four fp32 steps at the end are better than four at the beginning", "last 4", "first 4"),
