@@ -324,16 +324,15 @@ class QuantizeStudy(Study):
 
     def figures(self, results: Results) -> dict[str, Figure]:
         figure, (quality, places) = panels(2)
-        for name in ("real", *VARIANTS):
-            if name in results.rows:
-                ((_, values),) = results.groups(name)
-                x, y = values["bytes"].mean() / 1e6, values["score"].mean()
-                quality.plot(x, y, "o", markersize=5)
-                quality.annotate("fp32" if name == "real" else name, (x, y), fontsize=6, xytext=(4, 2),
-                                 textcoords="offset points")  # fmt: skip
+        for index, name in enumerate(name for name in VARIANTS if name in results.rows):
+            ((_, values),) = results.groups(name)
+            marker, label = "os^"[index // 5], f"{name}, {values['bytes'].mean() / 1e6:.2f} MB"
+            quality.plot(values["deviation"].mean(), values["score"].mean(), marker, markersize=5, label=label)
+        quality.axhline(float(results.values("real", "score").mean()), color="0.3", linewidth=1, label="fp32")
         real(quality, float(results.values("real", "score_real").mean()))
         log_scale(quality)
-        quality.set(title="digits", xlabel="MB", ylabel="fd_clf")
+        quality.set(title="digits, means of the seeds", xlabel="deviation", ylabel="fd_clf", xscale="log")
+        quality.legend(fontsize=6)
         for labels, values in results.groups("steps"):
             if labels["fp32"] != "all but":
                 places.plot(values["deviation"], values["score"], "o", markersize=4, label=str(labels["fp32"]))
