@@ -132,6 +132,8 @@ class Graph(nn.Module):
             "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
             # Of a network in bf16 it is in the graph; the others are not to be computed in less than they ask for.
             "INFERENCE_PRECISION_HINT": "f32",
+            # Bound to cores, the threads of two processes share the same ones, and each takes twice as long.
+            "ENABLE_CPU_PINNING": False,
         }
         self.source = source
         self.compiled = openvino.Core().compile_model(path, "CPU", settings)
