@@ -14,7 +14,7 @@ from osmose.acceleration.surrogate import Pair
 from osmose.methods.base import GenerativeModel
 from osmose.metrics.evaluate import score_samples
 from osmose.studies.measures import by_openvino, sample_milliseconds
-from osmose.studies.plots import panels, real
+from osmose.studies.plots import log_scale, panels, real
 from osmose.studies.study import Cell, Claim, Results, Row, Study, Trained
 from osmose.studies.verdicts import lower, mean_and_spread, same
 from osmose.training.run import Run
@@ -35,7 +35,7 @@ WHICH = ("neither", "first", "second", "both")
 class Compose(Study):
     """Digits. Each pair of accelerations is measured without, with either, and with both, in turns in one process.
 
-    `ms` is the time of a sample where 64 are drawn at once, the median of 3; networks of 8-bit integers (7-bit weights
+    `ms` is the time of a sample where 64 are drawn at once, the median of 7; networks of 8-bit integers (7-bit weights
     where the processor has no VNNI) are computed by OpenVINO, all others by torch: a part of the factor of int8 is that
     of OpenVINO, which is measured alone besides. `score` is fd_clf of 800 samples.
     `factor` is how many times as fast, `lost` what the score is higher by, against neither.
@@ -54,11 +54,11 @@ class Compose(Study):
         dit |= {"training.steps": 800, "training.batch_size": 64}
         vae: dict[str, Any] = {}
         student: dict[str, Any] = {"schedule": [32, 1], "steps": 1000}
-        settings = {"n": 800, "items": 64}
+        settings = {"n": 800, "items": 64, "rounds": 7}
         if self.quick:
             training = {"training.steps": 4, "training.batch_size": 8, "network.channels": 8}
             dit |= {"network.width": 16, "network.depth": 3, "training.steps": 4, "training.batch_size": 8}
-            vae, settings = {"training.steps": 10}, {"n": 80, "items": 4}
+            vae, settings = {"training.steps": 10}, {"n": 80, "items": 4, "rounds": 1}
             student = {"schedule": [4, 1], "steps": 4, "training.batch_size": 8}
         return [
             Cell("real", "edm", "digits", training | sampling, note="the run"),
@@ -166,7 +166,8 @@ class Compose(Study):
                 x, y = factor(results, name, which), results.values(name, "score", with_=which)
                 panel.plot(x, y, ".", markersize=9, label=text)
             real(panel, float(results.values(name, "score_real", with_="neither").mean()))
-            panel.set(xscale="log", yscale="log", xlabel="times as fast", ylabel="fd_clf", title=name)
+            log_scale(panel)
+            panel.set(xscale="log", xlabel="times as fast", ylabel="fd_clf", title=name)
             panel.legend(fontsize=6)
         return {"compose": figure}
 
@@ -185,7 +186,7 @@ def _rows(
     trained: Trained, models: Mapping[str, GenerativeModel], options: Mapping[str, Mapping[str, Any]]
 ) -> list[Row]:
     settings = trained.cell.settings
-    ms = sample_milliseconds(models, settings["items"], trained.seed, options)
+    ms = sample_milliseconds(models, settings["items"], trained.seed, options, settings["rounds"])
     rows = []
     for which in models:
         samples = models[which].sample(settings["n"], seed=trained.seed, **options.get(which, {}))
