@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from osmose.analysis.budget import evaluation_peak, formula_of, training_memory
+from osmose.analysis.budget import evaluation_peak, formula_of
 from osmose.analysis.cost import macs_of
 from osmose.analysis.memory import bytes_of, peak_bytes
+from osmose.analysis.training_memory import training_memory
 from osmose.data.dataset import DataSpec
 from osmose.gaussian.draws import StepDraws
 from osmose.methods import METHODS

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from osmose.acceleration.distill import distill
-from osmose.analysis.budget import budget_of, formula_of, training_memory
+from osmose.analysis.budget import budget_of, formula_of
 from osmose.analysis.cost import macs_of, num_parameters
 from osmose.analysis.memory import bytes_of
+from osmose.analysis.training_memory import training_memory
 from osmose.data.dataset import DataConfig
 from osmose.networks.mlp import MLP
 from osmose.training.config import RunConfig

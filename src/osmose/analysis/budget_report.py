@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from osmose.analysis.budget import Budget, TrainingMemory
+from osmose.analysis.budget import Budget
+from osmose.analysis.training_memory import TrainingMemory
 from osmose.training import files
 
 if TYPE_CHECKING:

@@ -96,7 +96,7 @@ class Info:
         return Result(values, lines, f"osmose train ddpm --data DATA --out RUN --network {name}{words}")
 
     def _run(self, folder: Path) -> Result:
-        from osmose.analysis.budget import make_teachable
+        from osmose.analysis.training_memory import make_teachable
         from osmose.metrics.evaluation import headline, read_evaluations
         from osmose.networks.quantized import in_fewer_bits
         from osmose.networks.tensor_train import TensorTrain

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from osmose.acceleration.blocks import Blocks
-from osmose.analysis.budget import training_memory
+from osmose.analysis.training_memory import training_memory
 from osmose.gaussian.grid import TimeGrid
 from osmose.gaussian.schedule import VarianceExploding
 from osmose.studies.plots import draw, panels, real

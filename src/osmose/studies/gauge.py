@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from osmose.analysis.budget import training_memory
 from osmose.analysis.conservativity import conservativity, gauge_residual
 from osmose.analysis.dimension_report import dimension
 from osmose.analysis.flow_likelihood import flow_likelihood
 from osmose.analysis.noise_error import oracle_of
+from osmose.analysis.training_memory import training_memory
 from osmose.data.dataset import DataConfig
 from osmose.gaussian.derivatives import jacobian
 from osmose.gaussian.oracles import RotatedDenoiser

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from osmose.analysis.budget import formula_of, training_memory
+from osmose.analysis.budget import formula_of
 from osmose.analysis.cost import macs_of
 from osmose.analysis.landscape import RADII, landscapes
 from osmose.analysis.noise_error import exact_loss, noise_error
+from osmose.analysis.training_memory import training_memory
 from osmose.data.dataset import DataConfig
 from osmose.methods.diffusion import Diffusion
 from osmose.studies.measures import step_seconds
