@@ -488,6 +488,7 @@ def test_openvino_computes_the_integers(tmp_path, mlp, monkeypatch):
     whole, emulated = run.model(runtime="auto"), run.model()
     network = whole.denoiser.network
     assert isinstance(network, graphs.Graph)
+    assert not network.compiled.get_property("ENABLE_CPU_PINNING")  # several processes would share one core
     layers = [op.get_rt_info()["runtimePrecision"].astype(str) for op in network.compiled.get_runtime_model().get_ops()
               if op.get_rt_info()["layerType"].astype(str) == "FullyConnected"]  # fmt: skip
     assert any(kind in ("u8", "i8") for kind in layers)

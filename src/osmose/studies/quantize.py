@@ -327,7 +327,14 @@ class QuantizeStudy(Study):
         for index, name in enumerate(name for name in VARIANTS if name in results.rows):
             ((_, values),) = results.groups(name)
             marker, label = "os^"[index // 5], f"{name}, {values['bytes'].mean() / 1e6:.2f} MB"
-            quality.plot(values["deviation"].mean(), values["score"].mean(), marker, markersize=5, label=label)
+            quality.plot(
+                values["deviation"].mean(),
+                values["score"].mean(),
+                marker,
+                markersize=6,
+                fillstyle="none",
+                label=label,
+            )
         quality.axhline(float(results.values("real", "score").mean()), color="0.3", linewidth=1, label="fp32")
         real(quality, float(results.values("real", "score_real").mean()))
         log_scale(quality)
