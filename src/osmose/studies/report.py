@@ -102,7 +102,9 @@ def _summary(values: np.ndarray) -> dict[str, Any]:
 
 
 def _short(value: float) -> float:
-    return float(f"{float(value):.6g}")
+    """Six digits; of a count all of them."""
+    value = float(value)
+    return value if value.is_integer() else float(f"{value:.6g}")
 
 
 def _cell(cell: Cell, measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
