@@ -221,8 +221,7 @@ def _panel(panel: Any, cell: str, results: Results) -> None:
             continue
         name, mean = str(labels["estimator"]), float(values["mean"].mean())
         if labels["ratio"] == "":
-            panel.axhline(mean, linestyle=":", linewidth=1, color="0.5")
-            panel.annotate(name, (0.02, mean), fontsize=7, color="0.4")
+            panel.axhline(mean, linestyle="-." if name == "mle" else ":", linewidth=1.2, color="0.5", label=name)
             continue
         curves.setdefault(name, []).append((float(labels["ratio"]), mean))
     for name, curve in curves.items():
@@ -231,8 +230,10 @@ def _panel(panel: Any, cell: str, results: Results) -> None:
     known = [values["truth"].mean() for _, values in results.groups(cell) if "truth" in values]
     if known:
         panel.axhline(known[0], color="k", linestyle="--", linewidth=1, label="truth")
-        panel.set_ylim(0, 3 * known[0])
+        panel.set_ylim(0, 2.5 * known[0])
     panel.set(title=cell, xscale="log", xlabel="sigma / alpha", ylabel="mean over points")
+    panel.set_xticks(RATIOS, [f"{ratio:g}" for ratio in RATIOS])
+    panel.set_xticks([], minor=True)
     panel.legend(fontsize=6)
 
 
