@@ -401,7 +401,7 @@ def bound(model, x0, steps, **options):
 def test_the_bound_of_gaussian_data_is_their_entropy_from_above():
     """With the exact estimate all that it has too much are the steps and the start, both known in closed form."""
     model = gaussian()
-    x0 = items(4000)[0].x0
+    x0 = items(1500)[0].x0
     s, process = items(1)[1], model.fields.on((8,)).process
     # -log p of values: the entropy of the modes, and the size of a mode among values.
     entropy = float((1 + (2 * math.pi * s).log()).sum()) / 16 + math.log(8) / 2

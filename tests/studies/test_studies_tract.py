@@ -38,7 +38,7 @@ FORMS = [pytest.param(kind, quick, id=f"{kind.__name__}{'-quick' * quick}") for 
 SOURCES = {"checkerboard": "toy:checkerboard", "digits": "digits", "fashion-mnist": "fashion-mnist"}
 #: Updates in all; the last are the main ones.
 BUDGETS = {"checkerboard": (400, 1500), "digits": (500, 2000), "fashion-mnist": (400,)}
-QUICK = {"checkerboard": (30,)}
+QUICK = {"checkerboard": (20,)}
 #: Students of two steps and more: what btd has used of its updates when it is there.
 SHARES = {2: 0.9, 4: 0.8, 8: 0.7}
 #: Students of images that are held against twice a teacher in so many steps.
@@ -48,7 +48,7 @@ NEAR = {
 }
 #: Of the two other studies: data, updates in all, and in each phase.
 SMALL = ("checkerboard",)
-TOTAL, EACH = {False: 1200, True: 30}, {False: 240, True: 6}
+TOTAL, EACH = {False: 1200, True: 20}, {False: 240, True: 2}
 SCHEDULES = {
     1: [1024, 1],
     2: [1024, 32, 1],
@@ -360,7 +360,7 @@ def test_the_cells_and_their_rows(kind, quick):
 def test_the_quick_form_is_smaller():
     for kind in KINDS:
         for name, cell in cells(kind, 1).items():
-            full = cells(kind, 0)[re.sub("-30$", "-1500", name) if kind is Tract else name]
+            full = cells(kind, 0)[re.sub("-20$", "-1500", name) if kind is Tract else name]
             said = dict(cell.changes), dict(full.changes)
             sizes = {"steps", "network.width", "training.batch_size", "training.steps"}
             assert differences(*said) <= sizes | {"training.preview_samples"}

@@ -87,7 +87,7 @@ class Objectives(Study):
     def _plans(self) -> list[tuple[str, dict[str, Any], int, dict[str, Any]]]:
         if self.quick:
             tiny = _DIGITS | {"schedule.num_steps": 50}
-            return [("digits", tiny, 60, {"n": 100, "sampling_steps": 4, "batches": 10, "warmup": 25, "items": 40})]
+            return [("digits", tiny, 30, {"n": 100, "sampling_steps": 4, "batches": 10, "warmup": 25, "items": 40})]
         digits = {"n": 800, "sampling_steps": 50, "batches": 300, "warmup": 500, "items": None}
         fashion = {"n": 400, "sampling_steps": 20, "batches": 60, "warmup": 180, "items": 64}
         return [("digits", _DIGITS, 3000, digits), ("fashion-mnist", _FASHION, 400, fashion)]

@@ -62,7 +62,7 @@ class Tract(FewSteps):
     def budgets(self) -> dict[str, tuple[int, ...]]:
         """Updates in all of each data set's students; the last is the main one."""
         if self.quick:
-            return {"checkerboard": (30,)}
+            return {"checkerboard": (20,)}
         return {"checkerboard": (400, 1500), "digits": (500, 2000), "fashion-mnist": (400,)}
 
     def ways(self, data: str, budget: int) -> dict[str, tuple[str, ...]]:

@@ -37,7 +37,7 @@ class TractEMA(FewSteps):
 
     def budgets(self) -> dict[str, int]:
         """Updates in all."""
-        return {"checkerboard": 30 if self.quick else 1200}
+        return {"checkerboard": 20 if self.quick else 1200}
 
     def cells(self) -> list[Cell]:
         cells = []

@@ -39,7 +39,7 @@ class TractPhases(FewSteps):
     def budgets(self) -> dict[str, tuple[int, int]]:
         """Updates in all, and in each phase."""
         if self.quick:
-            return {"checkerboard": (30, 6)}
+            return {"checkerboard": (20, 2)}
         return {"checkerboard": (1200, 240)}
 
     def cells(self) -> list[Cell]:
