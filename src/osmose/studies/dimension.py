@@ -132,7 +132,11 @@ class DimensionStudy(Study):
             return abs(turned - clean)
 
         claims = [
-            Claim("with the exact score of a sphere all estimators are right to 0.05", ["exact"], sphere),
+            Claim(
+                "exact score of a sphere: flipd, normal-bundle, rank, flow are right to 0.05 at sigma / alpha = 0.1",
+                ["exact"],
+                sphere,
+            ),
             Claim(
                 "a gauge field of strength 5 moves flipd by more than 1 at sigma / alpha = 0.3",
                 ["exact"],

@@ -187,7 +187,16 @@ class Gauge(Study):
             ]
         if not self.quick:
             claims += self._at_equal_time()
-        short, long = self._lengths()["sphere"][0], self._lengths()["sphere"][-1]
+        short, *middle, long = self._lengths()["sphere"]
+        claims += [
+            Claim.lower(
+                f"sphere, {steps} updates: flipd is nearer to the dimension for the conservative network",
+                f"sphere-conservative-{steps}",
+                f"sphere-free-{steps}",
+                "flipd",
+            )
+            for steps in (short, *middle)
+        ]
         for name in ESTIMATORS:
             claims += [
                 Claim.lower(
@@ -249,8 +258,12 @@ class Gauge(Study):
             draw(turned, STRENGTHS, values, text)
         density.set(title="8 Gaussians: bits over the exact density", xlabel="updates", xscale="log", yscale="log")
         symmetric.set(title="antisymmetric share of the Jacobian", xlabel="updates", xscale="log", yscale="log")
-        about.set(title="sphere: error of the dimension", xlabel="updates", xscale="log", yscale="symlog")
+        about.set(title="sphere: error of the dimension", xlabel="updates", xscale="log")
         about.set_yscale("symlog", linthresh=0.01)
+        about.set_ylim(bottom=-0.002)
+        for panel, data in ((density, "gaussians"), (symmetric, "gaussians"), (about, "sphere")):
+            panel.set_xticks(lengths[data], [str(steps) for steps in lengths[data]])
+            panel.set_xticks([], minor=True)
         turned.set(title="a planted rotation", xlabel="strength", ylabel="sw2", yscale="log")
         for panel in (density, symmetric, about, turned):
             panel.legend(fontsize=6)
