@@ -23,13 +23,21 @@ def committed(request):
     return STUDIES.resolve(request.param)(False), _results(said), said
 
 
+class Watched(Results):
+    """Results that know which cells were looked at."""
+
+    def groups(self, cell):
+        self.__dict__.setdefault("seen", set()).add(cell)
+        return super().groups(cell)
+
+
 def _results(said):
     rows = {row["cell"]: [[] for _ in said["seeds"]] for row in said["rows"]}
     for row in said["rows"]:
         for place, seed in enumerate(rows[row["cell"]]):
             values = {name: np.nan if v is None else v["per_seed"][place] for name, v in row["values"].items()}
             seed.append(Row(row["labels"], values))
-    return Results(tuple(said["seeds"]), rows)
+    return Watched(tuple(said["seeds"]), rows)
 
 
 def test_every_study_is_committed():
@@ -40,6 +48,14 @@ def test_claims_come_to_the_verdicts_that_are_committed(committed):
     study, results, said = committed
     found = {claim.text: claim.check(results).verdict for claim in study.claims()}
     assert found == {claim["claim"]: claim["verdict"] for claim in said["claims"]}
+
+
+def test_claims_look_at_the_configurations_that_they_name_and_at_all_of_these(committed):
+    study, results, _ = committed
+    for claim in study.claims():
+        results.__dict__["seen"] = set()
+        claim.check(results)
+        assert results.seen == set(claim.cells), claim.text
 
 
 def test_tables_and_pictures_can_be_made_of_them(committed):

@@ -216,18 +216,19 @@ class Gauge(Study):
 
     def _at_equal_time(self) -> list[Claim]:
         """A conservative network after a third of the updates, which take as long."""
-        a, b = "gaussians-conservative-1600", "gaussians-free-4000"
+        of = {data: (f"{data}-conservative-1600", f"{data}-free-4000") for data in ("gaussians", "sphere")}
         claims = [
-            Claim(
-                "gaussians: in as much time (1,600 updates against 4,000) the free network has fewer bits",
-                [a, b],
-                lambda r: lower(r.values(b, "bits"), r.values(a, "bits")),
+            Claim.lower(
+                f"{data}: in as much time (1,600 updates against 4,000) the free network has fewer bits",
+                free,
+                conservative,
+                "bits",
             )
+            for data, (conservative, free) in of.items()
         ]
-        a, b = "sphere-conservative-1600", "sphere-free-4000"
         for name in ("flow", "flipd"):
             text = f"sphere: in as much time {name} is nearer to the dimension for the conservative network"
-            claims.append(Claim.lower(text, a, b, name))
+            claims.append(Claim.lower(text, *of["sphere"], name))
         return claims
 
     def tables(self, results: Results) -> dict[str, list[dict[str, str]]]:
