@@ -287,7 +287,9 @@ def test_blocks_of_several_folders_are_put_together(made, tmp_path):
     dataset = POINTS.load()
     Blocks.begin(tmp_path / "a", plan()).carry_out(dataset, only=[0, 2], progress=False)
     Blocks.begin(tmp_path / "b", plan()).carry_out(dataset, only=[1], progress=False)
-    with pytest.raises(UserError, match="blocks 1 of 3 are trained in none of the folders; train them with --only"):
+    with pytest.raises(
+        UserError, match="number 1 of the blocks 0 to 2 is trained in none of the folders; train with --only"
+    ):
         merge([tmp_path / "a"], tmp_path / "x", dataset)
     assert not (tmp_path / "x").exists()
     merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ab", dataset)

@@ -187,6 +187,8 @@ def test_the_report_says_what_settles_and_what_agrees(untrained, tmp_path, monke
     assert {row["truth"] for row in rows} == {"2"}
     at_one = dimension(model, dataset, points=points[:2], ratios=[0.1], estimators=["flipd"])
     assert at_one.verdict() == "at one scale there is nothing to say of settling: flipd 2.00 of 10"
+    near = dimension(model, dataset, points=points[:2], ratios=[0.05, 0.1], estimators=["rank"])
+    assert near.verdict() == "over less than 0.45 of a decade there is nothing to say of settling: rank 2.00 of 10"
     assert (at_one.truth, at_one.conditions["part"]) == (None, "given")  # points of a file may lie anywhere
 
 

@@ -156,6 +156,11 @@ def student(tmp_path_factory, made):
         ("dimension", ["toy", "--estimators", "flipp"], "estimators: 'flipp' is not valid; did you mean 'flipd'"),
         ("dimension", ["toy", "--at", "digits/config.json"], "digits/config.json"),
         ("dimension", ["toy", "--out", "toy/config.json"], "--out: toy/config.json is a file; name a folder"),
+        (
+            "conservativity",
+            ["toy", "--out", "toy/config.json/x"],
+            "toy/config.json/x: cannot be written (Not a directory)",
+        ),
         ("conservativity", ["toy", "--steps", "-1"], "--steps: -1 is not valid: must be at least 0"),
         (
             "conservativity",

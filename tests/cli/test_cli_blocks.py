@@ -85,7 +85,7 @@ def test_networks_that_are_no_stacks_are_experts(osmose):
         (["train", "blocks", "--out", "first", "--resume", "--blocks", 3], "blocks: given, but first is continued"),
         (["train", "blocks", "--out", "first", "--resume", "--steps", 3], "training.steps: given, but first is"),
         (["sample", "first"], "first: blocks that are not all trained; osmose train blocks --out first --resume"),
-        (["blocks", "merge", "first", "--out", "x"], "blocks 1 of 2 are trained in none of the folders"),
+        (["blocks", "merge", "first", "--out", "x"], "number 1 of the blocks 0 to 1 is trained in none of the folders"),
         (["blocks", "merge", "--out", "x"], "RUN: required: the folders"),
         (["blocks", "merge", "first", "second"], "--out: required"),
         (["sample", "whole", "guidance=-1"], "guidance: -1 is not valid"),

@@ -244,7 +244,9 @@ def merge(folders: Sequence[Path | str], out: Path | str, dataset: Dataset) -> R
     missing = set(range(plan.count)).intersection(*(blocks.missing() for blocks in found))
     if missing:
         names = ", ".join(map(str, sorted(missing)))
-        raise UserError(f"blocks {names} of {plan.count} are trained in none of the folders; train them with --only")
+        raise UserError(
+            f"number {names} of the blocks 0 to {plan.count - 1} is trained in none of the folders; train with --only"
+        )
     source = {}
     for block in range(plan.count):
         owners = [blocks for blocks in found if block not in blocks.missing()]

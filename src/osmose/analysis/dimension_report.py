@@ -75,9 +75,10 @@ class Dimension:
 
     def verdict(self) -> str:
         """Whether the estimators agree, in a sentence."""
-        if len(self.ratios) == 1:
+        if math.log10(float(self.ratios.max() / self.ratios.min())) < _LONG:
+            where = "at one scale" if len(self.ratios) == 1 else f"over less than {_LONG} of a decade"
             told = ", ".join(f"{name} {float(found.values.mean()):.2f}" for name, found in self.estimates.items())
-            return f"at one scale there is nothing to say of settling: {told} of {self.ambient}"
+            return f"{where} there is nothing to say of settling: {told} of {self.ambient}"
         known = {name: round(found.value) for name, found in self.plateaus.items() if found is not None}
         known |= {
             name: round(float(found.values.mean())) for name, found in self.estimates.items() if not found.by_ratio

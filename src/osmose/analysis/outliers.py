@@ -63,9 +63,10 @@ def in_units_of(dataset: Dataset, spec: DataSpec) -> Dataset:
     """
     own = dataset.spec
     if own.shape != spec.shape or own.kind != spec.kind:
+        size = "; other data are read with the run's own --size and --downsample; train with those that make both alike"
         raise UserError(
-            f"against: {dataset.source} has {own.kind} {own.shape}, and the run {spec.kind} {spec.shape}; other data "
-            "are read with the run's own --size and --downsample; train with those that make both alike"
+            f"against: {dataset.source} has {own.kind} {own.shape}, and the run {spec.kind} {spec.shape}"
+            f"{size if own.kind == spec.kind == 'image' else ''}"
         )
     if own.levels != spec.levels:
         raise UserError(

@@ -122,7 +122,10 @@ class TrainBlocks(Train):
             return Result(values | {"finished": False}, ["stopped; everything is saved"], again, status=130)
         if values["missing"]:
             names = ", ".join(map(str, values["missing"]))
-            line = f"wrote {self.out}/blocks; not trained yet: {names} of {blocks.plan.count} blocks"
+            line = (
+                f"wrote {self.out}/blocks; not trained yet: number {names} of 0 to {blocks.plan.count - 1}; train them "
+                "here, or elsewhere and merge"
+            )
             return Result(values | {"finished": False}, [line], again)
         edges = ", ".join(f"{edge:.4g}" for edge in blocks.plan.edges())
         what = "time" if blocks.plan.whole.method.kind == "masked" else "sigma"

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -191,11 +192,20 @@ def output_folder(out: Path | None, usual: Path) -> Path:
     """Where a command writes several files: what --out says, or what is usual.
 
     Raises:
-        UserError: there is a file of that name.
+        UserError: there is a file of that name, or a place where nothing can be written: said before any work.
     """
     folder = out or usual
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: {folder} is a file; name a folder")
+    from osmose.training.files import writing
+
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        with contextlib.suppress(OSError):  # somebody else may have begun to write there
+            for path in missing:
+                path.rmdir()
     return folder
 
 

@@ -129,13 +129,13 @@ class Likelihood:
         bits = f"{result.bits:.4f} ± {result.standard_error:.4f} bits per dimension (standard error)"
         what = "-log2 of the density" if result.is_density else "at most"
         unit = "in the data's units" if result.is_density else f"{c['levels']} levels, dequantised"
-        traces = "exact traces" if c["probes"] is None else f"{c['probes']} probes a trace"
-        error = "unknown of one probe" if result.error is None else f"{result.error:.2g}"
+        traces = "exact traces" if c["probes"] is None else f"{c['probes']} probe{'s' * (c['probes'] > 1)} a trace"
+        error = "not known, of one probe" if result.error is None else f"{result.error:.2g} bits per dimension"
         spent = float(result.evaluations.double().mean())
         lines = [
             f"{what} {bits}, {c['n']} {c['part']} items, {unit}",
             f"  ODE from sigma / alpha = {c['lowest']:.3g}, {spent:.0f} evaluations an item, {traces}",
-            f"  error of the computation: {error} bits per dimension",
+            f"  error of the computation: {error}",
         ]
         return result, [] if out is None else write_flow_likelihood(result, out), lines
 

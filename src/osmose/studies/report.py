@@ -189,7 +189,8 @@ def _markdown(study: Study, values: Mapping[str, Any], tables: Mapping[str, Any]
     lines += [
         "",
         "Verdicts rest on the differences seed by seed: *reproduced* means that their whole 95 % interval (Student's "
-        "t) is on the claimed side, *not reproduced* that it is on the other, *inconclusive* that it is on both.",
+        "t) is on the claimed side, *not reproduced* that it is on the other, *inconclusive* that it is on both. "
+        '"A against B" is of a claim that A is below B, or, where a difference is allowed, that they are that near.',
     ]
     for picture in pictures:
         lines += ["", f"![{picture.replace('-', ' ').replace('_', ' ')}]({picture}.png)"]

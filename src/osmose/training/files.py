@@ -34,7 +34,15 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise UserError(f"{path}: no space left on the disk; what was there before is unchanged") from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM, errno.EEXIST, errno.EISDIR):
+        if error.errno in (
+            errno.EACCES,
+            errno.ENOENT,
+            errno.EROFS,
+            errno.ENOTDIR,
+            errno.EPERM,
+            errno.EEXIST,
+            errno.EISDIR,
+        ):
             raise UserError(f"{path}: cannot be written ({error.strerror})") from None
         raise
 
