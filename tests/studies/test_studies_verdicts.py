@@ -83,6 +83,8 @@ def test_one_seed_decides_nothing():
 
 def test_a_number_stands_for_all_seeds():
     assert lower(A, 20).verdict == "reproduced"
+    assert lower(1, A).verdict == "reproduced"
+    assert lower(20, A).verdict == "not reproduced"
     assert same(A, 11, 3).verdict == "reproduced"
 
 

@@ -154,7 +154,7 @@ class LikelihoodStudy(Study):
             Claim(
                 "a model of MNIST tells Fashion-MNIST apart: AUROC above 0.9",
                 ["mnist"],
-                lambda r: lower(0.9 + 0 * r.values("mnist", "auroc"), r.values("mnist", "auroc")),
+                lambda r: lower(0.9, r.values("mnist", "auroc")),
             ),
         ]
         return claims

@@ -33,7 +33,7 @@ def lower(a: ArrayLike, b: ArrayLike, margin: float = 0.0) -> Finding:
     Reproduced if the whole interval of `a - b` is below `-margin`, not reproduced if all of it is at or above.
 
     Args:
-        a: one value per seed, shape (n,).
+        a: one value per seed, shape (n,), or one number.
         b: as `a` and in the same order of seeds, or one number.
         margin: at least 0, in the values' units.
 
@@ -124,7 +124,9 @@ def _rounded(value: float, std: float) -> str:
 
 
 def _paired(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    a, b = np.atleast_1d(np.asarray(a, dtype=np.float64)), np.asarray(b, dtype=np.float64)
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.ndim == 0:
+        a = np.full(b.shape or 1, a)
     if a.ndim != 1 or b.shape not in ((), a.shape):
         raise ValueError(f"shapes {a.shape} and {b.shape} cannot be compared seed by seed")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
